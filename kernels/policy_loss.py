@@ -1,0 +1,270 @@
+"""Policy-gradient losses, as pure functions of token log-probabilities with an explicit global denominator.
+
+**Math** r = exp(logprob − old_logprob), A the advantage. Every loss is
+    Σ over counted tokens (or sequences) of weight · ℓ, divided by `denominator`
+  with ℓ given by the name, and the aggregation by two arguments, so that half batches add up to the whole exactly:
+    aggregation              weight of a token     denominator, counted over ranks and accumulation     names
+    token-mean               1                     number of counted tokens                             ppo dapo cispo
+    seq-mean-token-mean      1 / own length        number of sequences                                  grpo gspo
+    seq-mean-token-sum-norm  1                     number of sequences × the largest length             dr_grpo
+    sequence                 one term a sequence   number of sequences                                  rloo
+**Shapes** T packed tokens of B sequences, bounded by cu_seqlens [B + 1]; reward [B]; a mask is True where a token counts
+  (model tokens of completions), and masked values may be anything, NaN included. Losses are scalars.
+**Dtypes** those of the inputs: pass fp32 log-probabilities. Log-ratios are limited to ±LOG_RATIO_LIMIT, beyond which
+  they have no gradient.
+**Traffic** a few numbers per token.
+**Source** PPO arXiv 1707.06347; dual clip 1912.09729; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476;
+  GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740; k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
+**Limits** A sequence lies whole on one rank: gspo and rloo sum its log-ratios. These are elementwise torch on any
+  device; the formulas are their own references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .sequence_sum import sequence_sum
+
+# As verl and NeMo-RL do: exp(20) is 4.9e8, finite in every float type but fp16, and far past any clip.
+LOG_RATIO_LIMIT = 20.0
+
+
+def group_advantage(
+    reward_B: Tensor,
+    group_size: int,
+    *,
+    normalise: Literal["group_std", "none", "leave_one_out"] = "group_std",
+    eps: float = 1e-4,
+) -> Tensor:
+    """Advantage of each completion against its group: `group_size` consecutive completions of one prompt.
+
+    "group_std" is GRPO's (r − mean) / (std + eps), std unbiased as in TRL (whose eps is 1e-4; verl's 1e-6); "none" is
+    Dr. GRPO's r − mean; "leave_one_out" is RLOO's r − mean of the others = G/(G − 1) (r − mean).
+    """
+    if group_size < 2 or reward_B.dim() != 1 or len(reward_B) % group_size:
+        received = f"{tuple(reward_B.shape)} rewards in groups of {group_size}"
+        raise ValueError(f"received {received}; expected [B], B a multiple of a group size >= 2: sample more completions")
+    reward_PG = reward_B.view(-1, group_size)
+    centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
+    scales: dict[str, Callable[[], Tensor | float]] = {
+        "group_std": lambda: 1 / (reward_PG.std(1, keepdim=True) + eps),
+        "none": lambda: 1.0,
+        "leave_one_out": lambda: group_size / (group_size - 1),
+    }
+    if normalise not in scales:
+        raise ValueError(f"normalise is {normalise!r}; expected one of {list(scales)}")
+    return (centred_PG * scales[normalise]()).view(-1)
+
+
+def kl_k1(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
+    """lp − lp_ref: unbiased, of either sign. For the reward (PPO, RLOO): as a loss its expected gradient is zero."""
+    return logprob_T - reference_logprob_T
+
+
+def kl_k2(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
+    """½ (lp − lp_ref)²: biased, but its gradient on-policy is the reverse KL's."""
+    return 0.5 * (logprob_T - reference_logprob_T).square()
+
+
+def kl_k3(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
+    """exp(lp_ref − lp) − (lp_ref − lp) − 1: unbiased and never negative, GRPO's loss term. Gradient 1 − exp(lp_ref − lp)."""
+    log_ratio_T = (reference_logprob_T - logprob_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio_T) - log_ratio_T
+
+
+def weighted_sum(
+    values_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    weight_T: Tensor | None = None,
+) -> Tensor:
+    """Σ weight · value over counted tokens / denominator: the aggregation of every loss here, and of a KL term beside it."""
+    values_T = values_T if weight_T is None else values_T * weight_T
+    return _counted(values_T, mask_T).sum() / denominator
+
+
+def sequence_mean_weight(
+    cu_seqlens: Tensor, num_tokens: int, *, mask_T: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weight of each token, 1 / counted tokens of its sequence: seq-mean-token-mean. 0 for tokens that do not count."""
+    counted_T = torch.ones(num_tokens, dtype=dtype, device=cu_seqlens.device) if mask_T is None else mask_T.to(dtype)
+    length_B = sequence_sum(counted_T, cu_seqlens)
+    return counted_T * _spread((1 / length_B.clamp(min=1)).to(dtype), cu_seqlens, num_tokens)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """max(−rA, −clip(r, 1 − low, 1 + high) A); with a dual clip c > 1, at most −cA where A < 0."""
+    if not 0 <= clip_low <= 1 or clip_high < 0:
+        raise ValueError(f"clip_low, clip_high are {clip_low}, {clip_high}; expected 0 <= clip_low <= 1, clip_high >= 0")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}; expected > 1, or None for no dual clip")
+    loss = torch.maximum(-ratio * advantage, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+
+
+def ppo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    weight_T: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """The token-level clipped loss. Token-mean: `denominator` is the global number of counted tokens.
+
+    `weight_T` may also carry a detached importance weight (rollout mismatch). grpo, dr_grpo and dapo are this loss with
+    another aggregation or clip.
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
+    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high, dual_clip)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+
+
+def grpo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    weight_T: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """The clipped loss, seq-mean-token-mean: `weight_T` is `sequence_mean_weight(...)`, `denominator` the global number
+    of sequences. A "group_std" advantage and a kl_k3 term (same weights and denominator) complete the paper's GRPO.
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
+    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+
+
+def dr_grpo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """The clipped loss without a length bias: `denominator` is the global number of sequences × the *largest allowed*
+    completion length, a constant of the run. Goes with a "none" advantage.
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
+    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def dapo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Tensor:
+    """The clipped loss with a higher upper clip, token-mean: `denominator` is the global number of counted tokens.
+
+    The paper's dynamic sampling and overlong penalty act on data and reward. (TRL's "dapo" is the aggregation alone.)
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
+    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def gspo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Tensor:
+    """The clipped loss on the sequence's ratio s = exp(mean log r), seq-mean-token-mean: `denominator` is the global
+    number of sequences. Written per token as sg[s] · π / sg[π] (the paper's GSPO-token, verl's form): with one advantage
+    per sequence it has GSPO's value and gradient, and it also takes advantages that differ by token.
+    """
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
+    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
+    mean_B = sequence_sum(log_ratio_T.detach(), cu_seqlens, weight_T=weight_T)
+    ratio_T = torch.exp(_spread(mean_B, cu_seqlens, len(logprob_T)) + log_ratio_T - log_ratio_T.detach())
+    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+
+
+def cispo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> Tensor:
+    """−sg[clip(r, 1 − low, 1 + high)] A lp, token-mean: no token's gradient is dropped, only its weight is bounded.
+
+    The bounds are relative to 1, as in verl, slime and NeMo-RL; TRL and Liger give the same name the absolute bound, here
+    1 + clip_high. The defaults are no lower bound, and ScaleRL's absolute 5 (arXiv 2510.13786).
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T)).detach()
+    loss_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T * _counted(logprob_T, mask_T)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def rloo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_B: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> Tensor:
+    """The clipped loss on each sequence's whole ratio exp(Σ log r), one term a sequence: `denominator` is the global
+    number of sequences. TRL's convention (verl's "rloo" is the "leave_one_out" advantage with the token-level loss).
+    On-policy its gradient is REINFORCE's, −A Σ d lp.
+    """
+    log_ratio_B = sequence_sum(_log_ratio(logprob_T, old_logprob_T, mask_T), cu_seqlens)
+    ratio_B = torch.exp(log_ratio_B.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high).sum() / denominator
+
+
+def _counted(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    return values_T if mask_T is None else torch.where(mask_T, values_T, 0.0)
+
+
+def _log_ratio(logprob_T: Tensor, old_logprob_T: Tensor, mask_T: Tensor | None) -> Tensor:
+    if mask_T is not None and mask_T.dtype != torch.bool:
+        raise ValueError(f"mask is {mask_T.dtype}; expected torch.bool, True where a token counts")
+    log_ratio_T = _counted(logprob_T - old_logprob_T.detach(), mask_T)
+    return log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _spread(values_B: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Each token's own sequence's value; 0 for tokens past the last boundary."""
+    positions_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence_T = torch.searchsorted(cu_seqlens[1:].long(), positions_T, right=True)
+    return torch.cat([values_B, values_B.new_zeros(1)])[sequence_T]

@@ -1,0 +1,286 @@
+"""The decoder: Llama 3 and Qwen 3 in one module, on the functions of `kernels/`.
+
+Parameters carry the Hugging Face names without the prefix `model.` (`layers.0.self_attn.q_proj.weight`, …, and
+`lm_head.weight` where embeddings are not tied), so import and export move tensors and convert nothing.
+
+Shapes: tokens [B, S]; packed documents are one row (B = 1) with `cu_seqlens` int32 [num_documents + 1].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ..kernels.attention import attention
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import Llama3Scaling, rope, rope_tables
+from ..kernels.swiglu import swiglu
+
+
+class RopeScaling(BaseModel):
+    """Llama 3's frequency scaling; lengths in positions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_positions: PositiveInt
+
+
+class DecoderShape(BaseModel):
+    """Sizes and switches but the vocabulary. `query_key_norm` is Qwen 3's; `attention_bias` adds a bias to q, k, v and o."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    width: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_width: PositiveInt
+    mlp_width: PositiveInt
+    max_positions: PositiveInt = 4096
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: PositiveFloat = 1e-6
+    query_key_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = True
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "DecoderShape":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "choose num_kv_heads among its divisors"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_width={self.head_width} is odd; rotary embeddings rotate pairs, choose an even width")
+        return self
+
+
+class DecoderConfig(DecoderShape):
+    """A decoder: its shape and its vocabulary."""
+
+    vocab_size: PositiveInt
+
+
+class KeyValueCache:
+    """Keys and values of B sequences, right-padded to `max_positions`: per layer [B, max_positions, K, H]; `length_B` int32
+    counts what is valid.
+    """
+
+    def __init__(self, config: DecoderConfig, num_sequences: int, max_positions: int, device: torch.device, dtype: torch.dtype):
+        shape = (num_sequences, max_positions, config.num_kv_heads, config.head_width)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
+        self.length_B = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        self.longest = 0  # an upper bound of length_B kept on the host, so that attention reads no further
+
+    def check_room(self, num_sequences: int, num_new: int) -> None:
+        """Refuse a batch of another size, and tokens past the end, on the host's numbers alone."""
+        if num_sequences != self.length_B.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.length_B.shape[0]} sequences, received {num_sequences}; make one per batch"
+            )
+        max_positions = self.keys[0].shape[1]
+        if self.longest + num_new > max_positions:
+            raise ValueError(
+                f"the cache holds {max_positions} positions, {self.longest} are taken and {num_new} more were received; "
+                "make a longer cache"
+            )
+
+    def append(
+        self, layer: int, position_BS: Tensor, key_BSKH: Tensor, value_BSKH: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values at their positions; return the views [B, longest, K, H] that hold all so far."""
+        row_B1 = torch.arange(position_BS.shape[0], device=position_BS.device)[:, None]
+        self.keys[layer][row_B1, position_BS] = key_BSKH.to(self.keys[layer].dtype)
+        self.values[layer][row_B1, position_BS] = value_BSKH.to(self.values[layer].dtype)
+        return self.keys[layer][:, :longest], self.values[layer][:, :longest]
+
+    def select(self, row_R: Tensor) -> None:
+        """Keep only these rows (sequences that ended are dropped from the batch)."""
+        self.keys = [key.index_select(0, row_R) for key in self.keys]
+        self.values = [value.index_select(0, row_R) for value in self.values]
+        self.length_B = self.length_B.index_select(0, row_R)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor | None
+    cache: KeyValueCache | None
+    position_BS: Tensor
+    longest: int
+
+
+class _Norm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None):
+        return rms_norm(hidden, self.weight, eps=self.eps, residual=residual)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        query_width, key_width = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.width, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.width, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.width, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.width, bias=config.attention_bias)
+        if config.query_key_norm:
+            self.q_norm = _Norm(config.head_width, config.norm_eps)
+            self.k_norm = _Norm(config.head_width, config.norm_eps)
+
+    def forward(self, hidden_BSD: Tensor, context: _Context) -> Tensor:
+        config = self.config
+        heads = (*hidden_BSD.shape[:2], -1, config.head_width)
+        query, key, value = (project(hidden_BSD).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if config.query_key_norm else (None, None)
+        query, key = rope(query, key, context.cos, context.sin, q_norm_weight=q_norm, k_norm_weight=k_norm, eps=config.norm_eps)
+        if context.cache is not None:
+            offset_B = context.cache.length_B
+            key, value = context.cache.append(self.layer, context.position_BS, key, value, context.longest)
+            mixed = _attend(query, key.to(query.dtype), value.to(query.dtype), query_offset=offset_B)
+        elif context.cu_seqlens is not None:
+            mixed = _attend(query[0], key[0], value[0], cu_seqlens=context.cu_seqlens)[None]
+        else:
+            mixed = _attend(query, key, value)
+        return self.o_proj(mixed.flatten(2))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attention without its log-sum-exp, hence one tensor."""
+    return cast(Tensor, attention(query, key, value, **options))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD)))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.self_attn = _Attention(config, layer)
+        self.mlp = _Mlp(config)
+        self.input_layernorm = _Norm(config.width, config.norm_eps)
+        self.post_attention_layernorm = _Norm(config.width, config.norm_eps)
+
+    def forward(self, branch_BSD: Tensor | None, residual_BSD: Tensor, context: _Context) -> tuple[Tensor, Tensor]:
+        """Takes the last layer's branch, not yet added to the residual stream, so that the addition fuses with the norm."""
+        if branch_BSD is None:
+            normed = self.input_layernorm(residual_BSD)
+        else:
+            normed, residual_BSD = self.input_layernorm(branch_BSD, residual_BSD)
+        normed, residual_BSD = self.post_attention_layernorm(self.self_attn(normed, context), residual_BSD)
+        return self.mlp(normed), residual_BSD
+
+
+class Decoder(nn.Module):
+    """A Llama 3 / Qwen 3 decoder.
+
+    `decoder(tokens_BS, *, cu_seqlens=None, head=None, cache=None)` returns the final normed hidden states [B, S, D], or, with
+    `head`, what `head(hidden_BSD, output_weight_VD)` returns. `cu_seqlens` (int32 [num_documents + 1], from 0 to S) packs
+    documents into one row (B = 1): positions restart and attention ends at each boundary. With `cache`, row b's tokens
+    continue after its `length_B[b]` cached positions; the caller then adds to `length_B` how many of the S tokens were real.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(_Layer(config, layer) for layer in range(config.num_layers))
+        self.norm = _Norm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output matrix [V, D]: the embedding itself when tied."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> "Decoder":
+        """Normal(0, init_std) for every matrix, residual outputs divided by sqrt(2·num_layers) (GPT-2's rule), biases 0,
+        norms 1.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = self.config.init_std / (2 * self.config.num_layers) ** 0.5 if is_residual_output else self.config.init_std
+                parameter.normal_(0.0, std, generator=generator)
+        return self
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        head: Callable | None = None,
+        cache: KeyValueCache | None = None,
+    ):
+        context = self._context(tokens_BS, cu_seqlens, cache)
+        branch, residual = None, self.embed_tokens(tokens_BS)
+        for layer in self.layers:
+            branch, residual = layer(branch, residual, context)
+        hidden_BSD, _ = self.norm(branch, residual)
+        return hidden_BSD if head is None else head(hidden_BSD, self.output_weight)
+
+    def _context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, cache: KeyValueCache | None) -> _Context:
+        if tokens_BS.ndim != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens_BS.shape)}; pass [B, S] (packed documents: [1, T])")
+        num_sequences, num_positions = tokens_BS.shape
+        if cu_seqlens is not None and (num_sequences != 1 or cache is not None):
+            raise ValueError(
+                f"cu_seqlens packs documents into one row without a cache; received {num_sequences} row(s) and "
+                f"{'no cache' if cache is None else 'a cache'}"
+            )
+        position_S = torch.arange(num_positions, device=tokens_BS.device)
+        longest = num_positions
+        if cu_seqlens is not None:
+            document_S = torch.searchsorted(cu_seqlens[1:].long(), position_S, right=True)
+            start_S = cu_seqlens.long()[document_S.clamp(max=cu_seqlens.numel() - 1)]
+            position_BS = (position_S - start_S)[None]
+        elif cache is not None:
+            cache.check_room(num_sequences, num_positions)
+            position_BS = cache.length_B[:, None].long() + position_S
+            longest = cache.longest + num_positions
+        else:
+            position_BS = position_S[None].expand(num_sequences, -1)
+        weight = self.embed_tokens.weight
+        scaling, llama3 = self.config.rope_scaling, None
+        if scaling is not None:
+            llama3 = Llama3Scaling(
+                scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
+            )
+        table_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        cos, sin = rope_tables(position_BS, self.config.head_width, self.config.rope_theta, scaling=llama3, dtype=table_dtype)
+        return _Context(cos, sin, cu_seqlens, cache, position_BS, longest)
+
+
+def num_parameters(decoder: Decoder) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in decoder.parameters())

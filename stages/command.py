@@ -1,0 +1,222 @@
+"""The command line: `warpline VERB CONFIG.toml [dotted.key=value ...]`, also under torchrun.
+
+Exit codes: 0 done; 2 bad config or bad input, one line on stderr; 3 stopped by a signal after a checkpoint; 4 non-finite too
+often, or failed.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..data.record import BadData
+from ..models.huggingface import BadCheckpoint
+from ..parallel.mesh import Mesh, end_mesh, start_mesh
+from . import data, distill, evaluate, line, preference, pretrain, rl, sft
+from .parts.checkpoint import checkpoints, load_start, save_checkpoint
+from .parts.config import BadConfig, Config, load_config
+from .parts.progress import console
+from .parts.run import RunFolder, parse_line
+from .parts.session import NonFinite, Stopped, StopSignal
+from .release import export
+from .report import write_report
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="The assembly line of LLM training. A config is a TOML file; any key can be set behind it, such as "
+    "optimizer.learning_rate=3e-4",
+)  # fmt: skip
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the run's configuration")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted keys set over the config's")]
+RunPath = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="the run folder; default runs/<config name>")]
+
+EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED = 2, 3, 4
+BAD_INPUT = (BadConfig, BadData, BadCheckpoint, OSError)
+
+
+class Outcome:
+    """Turns the end of a run into ended.json and the exit code, whatever that end is."""
+
+    def __init__(self, run: RunFolder | None = None):
+        self.run = run
+
+    def __enter__(self) -> "Outcome":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        end_mesh()
+        if kind is SystemExit:
+            return
+        reason, code = self._judge(error)
+        if self.run is not None and (self.run.path / "config.json").exists():
+            self.run.end(reason, _last_step(self.run))
+        if error is not None:
+            raise SystemExit(code) from None
+
+    def _judge(self, error: BaseException | None) -> tuple[str, int]:
+        if error is None:
+            return "done", 0
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            console.print(str(error) or "interrupted", soft_wrap=True, markup=False)
+            return "signal", EXIT_STOPPED
+        if isinstance(error, BAD_INPUT):
+            print(f"warpline: {' '.join(_words(error).split())}", file=sys.stderr)
+            return "bad input", EXIT_BAD_INPUT
+        if isinstance(error, NonFinite):
+            print(f"warpline: {error}", file=sys.stderr)
+            return "non-finite", EXIT_FAILED
+        traceback.print_exception(error)
+        return f"failed: {type(error).__name__}", EXIT_FAILED
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the space left"
+    return str(error)
+
+
+def _last_step(run: RunFolder) -> int:
+    """The step of the last whole line of metrics.jsonl."""
+    metrics = run.path / "metrics.jsonl"
+    records = [parse_line(line) for line in metrics.read_bytes().splitlines()[-2:]] if metrics.exists() else []
+    return next((record["step"] for record in reversed(records) if record is not None), 0)
+
+
+def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: list[str] | None, run_path: Path | None) -> None:
+    outcome = Outcome()
+    with outcome:
+        config = load_config(kind, path, overrides or [])
+        mesh = _mesh(config)
+        run = RunFolder(run_path or Path("runs") / path.stem, writes=mesh.is_first)
+        if mesh.is_first:
+            run.open(config, verb)
+        outcome.run = run
+        mesh.barrier()
+        work(config, run, mesh, StopSignal().install())
+
+
+def _mesh(config: Config) -> Mesh:
+    try:
+        return start_mesh(config.parallel.replicate if hasattr(config, "parallel") else 1)
+    except ValueError as error:
+        raise BadConfig(str(error)) from error
+
+
+def _stage(verb: str, main: Callable) -> Callable:
+    def work(config: Config, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:
+        started = time.monotonic()
+        checkpoint = main(config, run, mesh, stop)
+        run.add_seconds(verb, time.monotonic() - started)
+        if mesh.is_first:
+            print(checkpoint)
+
+    return work
+
+
+def _whole_line(config: line.LineConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:
+    print_path = line.main(config, run, mesh, stop)
+    if mesh.is_first:
+        print(print_path)
+
+
+def _data(config: data.DataStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:
+    print(data.main(config, run, mesh))
+
+
+def _evaluate(config: evaluate.EvaluateStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:
+    score = evaluate.main(config, run, mesh)
+    if mesh.is_first:
+        print(" ".join(f"{name}={value}" for name, value in score.items()))
+
+
+VERBS: dict[str, tuple[type[Config], Callable, str]] = {
+    "line": (line.LineConfig, _whole_line, "Run every stage in order, resumable, and report."),
+    "data": (data.DataStageConfig, _data, "From text to a tokenizer and token shards."),
+    "pretrain": (pretrain.PretrainStageConfig, _stage("pretrain", pretrain.main), "Pretrain on packed documents."),
+    "sft": (sft.SftStageConfig, _stage("sft", sft.main), "Fine-tune on conversations."),
+    "preference": (
+        preference.PreferenceStageConfig,
+        _stage("preference", preference.main),
+        "Optimise on preference pairs (DPO, IPO).",
+    ),
+    "rl": (rl.RlStageConfig, _stage("rl", rl.main), "Reinforcement learning with reward functions (GRPO)."),
+    "distill": (distill.DistillStageConfig, _stage("distill", distill.main), "Distil a teacher's distribution into a student."),
+    "evaluate": (evaluate.EvaluateStageConfig, _evaluate, "Score a model on held-out text and tasks."),
+}
+
+
+def _add(verb: str, kind: type[Config], work: Callable, description: str) -> None:
+    @app.command(verb, help=description)
+    def command(config: ConfigPath, overrides: Overrides = None, run: RunPath = None) -> None:
+        _run(verb, kind, work, config, overrides, run)
+
+
+for _verb, (_kind, _work, _description) in VERBS.items():
+    _add(_verb, _kind, _work, _description)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]) -> None:
+    """Rebuild a run's report.html from its JSON files."""
+    with Outcome():
+        if not (run / "config.json").exists():
+            raise BadConfig(f"{run} is not a run folder: it has no config.json")
+        print(write_report(run))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a Hugging Face folder (Llama or Qwen 3)")],
+    run: Annotated[Path, typer.Option("--run", metavar="RUN", help="the run folder to import into")],
+) -> None:
+    """Bring a Hugging Face folder into a run, checked.
+
+    It becomes RUN/checkpoints/import/step-0.
+    """
+    with Outcome():
+        decoder, tokenizer = load_start(folder, torch.device("cpu"))
+        idle = torch.optim.AdamW(decoder.parameters())
+        state = {"stage": "import", "step": 0, "num_updates": 0}
+        print(save_checkpoint(run / "checkpoints" / "import", 0, decoder, idle, tokenizer, state, keep=1))
+
+
+@app.command("export")
+def export_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or one checkpoint (…/step-N)")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where the Hugging Face folder goes")],
+) -> None:
+    """Write a run's model as a Hugging Face folder.
+
+    The released model; without a release, that of the newest checkpoint.
+    """
+    with Outcome():
+        if folder.exists():
+            raise BadConfig(f"{folder} exists; give a folder that does not")
+        export(_model_of(run), folder)
+        print(folder)
+
+
+def _model_of(run: Path) -> Path:
+    """The released model of a run, else its newest checkpoint; a checkpoint stands for itself."""
+    if (run / "model.safetensors").exists() or (run / "model.safetensors.index.json").exists():
+        return run
+    if (run / "release" / "config.json").exists():
+        return run / "release"
+    newest = [checkpoints(stage)[0] for stage in (run / "checkpoints").glob("*") if checkpoints(stage)]
+    if not newest:
+        raise BadConfig(f"{run} holds no checkpoint and no release; give a run folder or a checkpoint")
+    return max(newest, key=lambda path: (path / "manifest.json").stat().st_mtime)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

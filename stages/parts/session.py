@@ -1,0 +1,190 @@
+"""A training stage in progress: model, optimiser and counters, resumed from the stage's last checkpoint or fresh at step 0.
+
+All randomness of a stage is a pure function of (seed, stage, step), and so is its data order; weights, moments and counters
+are in the checkpoint. That is everything, so a resumed stage computes the bits that an uninterrupted one would.
+"""
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.tokenizer import ChatTokenizer
+from ...models.decoder import Decoder
+from ...parallel.mesh import Mesh
+from .checkpoint import latest_checkpoint, load_start, load_state, save_checkpoint
+from .config import TrainingConfig
+from .precision import autocast, choose_precision
+from .progress import StageProgress, console
+from .run import RunFolder
+from .schedule import learning_rate
+
+
+class Stopped(Exception):
+    """A signal asked for an end; a checkpoint of the last finished step is on disk."""
+
+
+class NonFinite(Exception):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT or SIGUSR1 until the end of the step."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def install(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def seed_of(*parts: Any) -> int:
+    """A 63-bit seed that depends on every part (seed, stage, step, purpose) and on nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator_of(*parts: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def build_optimizer(decoder: Decoder, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (torch's fused); weight decay on matrices only."""
+    parameters = list(decoder.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), fused=True)
+
+
+class Session:
+    """One stage's training. `for step in session.steps():` compute gradients, `update(loss)` once or more, `finish_step(…)`
+    once.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        config: TrainingConfig,
+        run: RunFolder,
+        mesh: Mesh,
+        start: Callable[[], tuple[Decoder, ChatTokenizer]],
+        stop: StopSignal | None = None,
+    ):
+        self.stage, self.config, self.run, self.mesh, self.stop = stage, config, run, mesh, stop or StopSignal()
+        self.folder = run.checkpoints(stage)
+        resumed = (
+            latest_checkpoint(self.folder, lambda message: console.print(message, soft_wrap=True)) if mesh.is_first else None
+        )
+        mesh.barrier()
+        if not mesh.is_first:
+            resumed = latest_checkpoint(self.folder, lambda message: None)
+        self.decoder, self.tokenizer = load_start(resumed, mesh.device) if resumed else start()
+        self.optimizer = build_optimizer(self.decoder, config)
+        self.precision = choose_precision(config.precision, mesh.device)
+        self.step, self.tokens, self.num_updates, self.seconds = 0, 0, 0, 0.0
+        self.skipped_steps, self.skipped_in_a_row, self.grad_norm = 0, 0, 0.0
+        if resumed:
+            state = load_state(resumed, self.decoder, self.optimizer)
+            for name in self._state():
+                setattr(self, name, state[name])
+        run.rewind("metrics.jsonl", stage, self.step)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of the last finished step; it is on disk once `steps` has ended."""
+        return self.folder / f"step-{self.step}"
+
+    def autocast(self):
+        return autocast(self.precision, self.mesh.device)
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; ends with a checkpoint of the last one, or raises Stopped after one when a signal came."""
+        self.decoder.train()
+        with StageProgress(self.stage, self.config.steps, self.step, shown=self.mesh.is_first) as progress:
+            while self.step < self.config.steps:
+                self._started = time.monotonic()
+                self._rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+                yield self.step
+                progress.advance(self._note)
+                stopping = self.mesh.sum([float(self.stop.received is not None)])[0] > 0
+                if stopping or self.step == self.config.steps or self.step % self.config.checkpoint_every_steps == 0:
+                    self._save()
+                if stopping and self.step < self.config.steps:
+                    raise Stopped(
+                        f"{self.stage}: stopped by {self.stop.received or 'a signal'} after step {self.step}; "
+                        "run it again to go on"
+                    )
+
+    def update(self, loss: float) -> bool:
+        """Apply the accumulated gradients (summed over ranks, clipped by norm) unless `loss` or they are not finite."""
+        parameters = list(self.decoder.parameters())
+        self.mesh.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm, foreach=True)
+        self.grad_norm = float(norm)  # one sync per update: the decision to skip needs it on the host
+        is_finite = math.isfinite(loss) and math.isfinite(self.grad_norm)
+        if is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate
+            self.optimizer.step()
+            self.num_updates += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return is_finite
+
+    def finish_step(self, loss: float, num_tokens: float, **metrics: float) -> None:
+        """Count the step (`num_tokens` over all ranks, padding excluded), log one line, give up on too many skips."""
+        elapsed = time.monotonic() - self._started
+        self.step += 1
+        self.tokens += int(num_tokens)
+        self.seconds += elapsed
+        shown = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {loss:.3f}"  # an RL loss is about 0
+        self._note = f"{shown}  {num_tokens / elapsed:,.0f} tokens/s"
+        line = {
+            "stage": self.stage, "step": self.step, "loss": _finite(loss), "tokens_per_second": num_tokens / elapsed,
+            "learning_rate": self._rate, "grad_norm": _finite(self.grad_norm), "seconds": self.seconds, "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps, "precision": self.precision,
+        }  # fmt: skip
+        self.run.append("metrics.jsonl", {**line, **{name: _finite(value) for name, value in metrics.items()}})
+        if self.skipped_in_a_row >= self.config.max_skipped_steps_in_a_row:
+            raise NonFinite(
+                f"{self.stage}: {self.skipped_in_a_row} updates in a row had a non-finite loss or gradient (step {self.step}); "
+                "the weights are those before them: lower optimizer.learning_rate or inspect the data"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        names = ("step", "tokens", "num_updates", "seconds", "skipped_steps", "skipped_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.decoder.parameters()):
+            raise NonFinite(
+                f"{self.stage}: the weights after step {self.step} are not finite and are not saved; go back to the last "
+                "checkpoint with a lower optimizer.learning_rate"
+            )
+        if self.mesh.is_first:
+            state = {"stage": self.stage, **self._state()}
+            save_checkpoint(
+                self.folder, self.step, self.decoder, self.optimizer, self.tokenizer, state, self.config.keep_checkpoints
+            )
+        self.mesh.barrier()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a non-finite number is null in the metrics."""
+    return value if math.isfinite(value) else None

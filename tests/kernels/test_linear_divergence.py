@@ -1,0 +1,314 @@
+"""The divergences against the full logits of both sides, in value and every gradient."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from warpline.kernels import linear_divergence as module
+from warpline.kernels import linear_logprob
+from warpline.kernels.linear_divergence import (
+    linear_divergence,
+    linear_divergence_reference,
+    linear_topk,
+    linear_topk_divergence,
+    linear_topk_divergence_reference,
+)
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(linear_logprob, "TOKENS_PER_CHUNK", 8)
+
+
+class Watch(TorchDispatchMode):
+    """Counts the matrix products and remembers the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        out = func(*args, **(kwargs or {}))
+        self.largest = max(self.largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def make(num_tokens=27, width=5, teacher_width=7, num_entries=11, dtype=torch.float64, scale=1.0):
+    """Student (hidden, weight, bias), which need gradients, and the teacher's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def side(d):
+        shapes = [(num_tokens, d), (num_entries, d), (num_entries,)]
+        return [(scale * torch.randn(s, generator=generator, dtype=torch.float64)).to(dtype) for s in shapes]
+
+    return [x.requires_grad_() for x in side(width)], side(teacher_width)
+
+
+def run(function, student, teacher, **options):
+    """The divergences, and the student's gradients against arbitrary upstream gradients."""
+    value_T = function(*student[:2], *teacher[:2], bias_V=student[2], teacher_bias_V=teacher[2], **options)
+    upstream_T = torch.randn(len(value_T), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [value_T, *torch.autograd.grad(value_T, student, upstream_T.to(value_T.dtype))]
+
+
+def same(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_reference_gradient_is_the_numerical_one(kind, beta):
+    student, teacher = make(3, 2, 3, 4)
+
+    def value(h, w, b):
+        return linear_divergence_reference(h, w, *teacher[:2], bias_V=b, kind=kind, beta=beta, softcap=2.0)
+
+    assert torch.autograd.gradcheck(value, student)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("caps", [{}, {"softcap": 3.0, "teacher_softcap": 2.0}])
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_divergence_and_its_gradients_are_those_of_full_logits(kind, beta, temperature, caps, is_masked):
+    student, teacher = make()
+    mask_T = torch.arange(27) % 3 != 1 if is_masked else None
+    options = {"kind": kind, "beta": beta, "temperature": temperature, "mask_T": mask_T, **caps}
+    pairs = zip(
+        run(linear_divergence, student, teacher, **options),
+        run(linear_divergence_reference, student, teacher, **options),
+        strict=True,
+    )
+    for value, expected in pairs:
+        same(value, expected)
+
+
+def test_values_worked_by_hand():
+    def logits_of(*p):
+        return torch.tensor([p], dtype=torch.float64).log()
+
+    one = torch.eye(2, dtype=torch.float64)
+    student, teacher = (logits_of(0.25, 0.75), one), (logits_of(0.5, 0.5), one)
+    forward = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    reverse = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    mixed = [0.3 * 0.5 + 0.7 * 0.25, 0.3 * 0.5 + 0.7 * 0.75]
+    jsd = 0.3 * sum(0.5 * math.log(0.5 / m) for m in mixed)
+    jsd += 0.7 * (0.25 * math.log(0.25 / mixed[0]) + 0.75 * math.log(0.75 / mixed[1]))
+    for kind, expected in (("forward_kl", forward), ("reverse_kl", reverse), ("jsd", jsd)):
+        value_T = linear_divergence(*student, *teacher, kind=kind, beta=0.3)
+        assert value_T.item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_equal_sides_have_no_divergence_and_no_gradient(kind, beta):
+    student, _ = make()
+    value_T, *gradients = run(linear_divergence, student, [x.detach() for x in student], kind=kind, beta=beta)
+    assert value_T.abs().max() < 1e-14
+    assert all(d.abs().max() < 1e-13 for d in gradients)
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher = make()
+    teacher = [x.requires_grad_() for x in teacher]
+    value_T = linear_divergence(*student[:2], *teacher[:2], bias_V=student[2], teacher_bias_V=teacher[2])
+    value_T.sum().backward()
+    assert all(x.grad is None for x in teacher)
+    assert all(x.grad.abs().max() > 0 for x in student)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+@pytest.mark.parametrize("num_tokens", [9, 0])
+def test_gradient_survives_a_batch_without_counted_tokens(kind, beta, num_tokens):
+    student, teacher = make(num_tokens)
+    mask_T = torch.zeros(num_tokens, dtype=torch.bool)
+    value_T, *gradients = run(linear_divergence, student, teacher, kind=kind, beta=beta, mask_T=mask_T)
+    assert value_T.shape == (num_tokens,) and (value_T == 0).all()
+    assert all(d is not None and (d == 0).all() for d in gradients)
+
+
+def test_masked_tokens_never_reach_a_product():
+    student, teacher = make()
+    mask_T = torch.arange(27) < 8
+    expected = run(linear_divergence, student, teacher, mask_T=mask_T)
+    poisoned = [x.detach().clone().requires_grad_() for x in student]
+    with torch.no_grad():
+        poisoned[0][8:] = torch.nan
+    teacher[0][8:] = torch.nan
+    with Watch() as watch:
+        actual = run(linear_divergence, poisoned, teacher, mask_T=mask_T)
+    assert watch.num_products == 6
+    for a, b in zip(actual, expected, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize(("needs", "num_products"), [((1, 1), 6), ((1, 0), 5), ((0, 1), 5), ((0, 0), 2)])
+def test_products_that_no_input_needs_are_skipped(needs, num_products):
+    student, teacher = make(8)
+    inputs = [x.detach().requires_grad_(bool(n)) for x, n in zip(student[:2], needs, strict=True)]
+    with Watch() as watch:
+        value = linear_divergence(*inputs, *teacher[:2]).sum()
+        if any(needs):
+            value.backward()
+    assert watch.num_products == num_products
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_largest_buffer_does_not_grow_with_the_number_of_tokens(kind, beta):
+    def largest(num_tokens):
+        student, teacher = make(num_tokens, 4, 4, 512)
+        with Watch() as watch:
+            run(linear_divergence, student, teacher, kind=kind, beta=beta)
+        return watch.largest
+
+    assert largest(16) == largest(64) == 8 * 512
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_strongly_shifted_logits_keep_their_divergence(kind, beta):
+    student, teacher = make(dtype=torch.float32)
+    with torch.no_grad():
+        student[2] -= 1e4
+        teacher[2] += 1e4
+    actual = run(linear_divergence, student, teacher, kind=kind, beta=beta)
+    doubled = [x.detach().double().requires_grad_() for x in student]
+    truth = run(linear_divergence_reference, doubled, [x.double() for x in teacher], kind=kind, beta=beta)
+    for value, expected in zip(actual, truth, strict=True):
+        assert value.isfinite().all()
+        assert (value.double() - expected).abs().max() <= 5e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_nearly_certain_sides_give_finite_numbers(kind, beta):
+    student, teacher = make(dtype=torch.float32, scale=20.0)
+    value_T, *gradients = run(linear_divergence, student, teacher, kind=kind, beta=beta)
+    truth_T = run(linear_divergence_reference, student, teacher, kind=kind, beta=beta)[0]
+    torch.testing.assert_close(value_T, truth_T, rtol=1e-5, atol=1e-3)
+    assert all(d.isfinite().all() for d in gradients)
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_an_entry_turned_off_on_both_sides_counts_for_nothing(kind, beta):
+    student, teacher = make()
+    off_V = torch.zeros(11, dtype=torch.float64).index_fill(0, torch.tensor(4), -torch.inf)
+    options = {"kind": kind, "beta": beta}
+    value_T = linear_divergence(*student[:2], *teacher[:2], bias_V=off_V, teacher_bias_V=off_V, **options)
+    d_weight_VD = torch.autograd.grad(value_T.sum(), student[1])[0]
+    keep = [i for i in range(11) if i != 4]
+    same(value_T, linear_divergence(student[0], student[1][keep], teacher[0], teacher[1][keep], **options))
+    assert d_weight_VD.isfinite().all() and (d_weight_VD[4] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_eager_torch(kind, beta, dtype):
+    student, teacher = make(40, 32, 24, 96, dtype, 0.5)
+
+    def eager(h, w, th, tw, bias_V, teacher_bias_V, **options):
+        linear = torch.nn.functional.linear
+        eye = torch.eye(96)
+        return linear_divergence_reference(
+            linear(h, w, bias_V).float(), eye, linear(th, tw, teacher_bias_V).float(), eye, **options
+        )
+
+    options = {"kind": kind, "beta": beta}
+    doubled = [x.detach().double().requires_grad_() for x in student]
+    actual = run(linear_divergence, student, teacher, **options)
+    eager_result = run(eager, student, teacher, **options)
+    truth = run(linear_divergence_reference, doubled, [x.double() for x in teacher], **options)
+    for value, eager_value, true_value in zip(actual, eager_result, truth, strict=True):
+        error, eager_error = ((x.double() - true_value).abs().max() for x in (value, eager_value))
+        assert error <= 2 * eager_error + 2 * torch.finfo(value.dtype).eps * true_value.abs().max()
+
+
+def test_noncontiguous_inputs_and_autocast_change_nothing():
+    student, teacher = make(dtype=torch.float32)
+    expected = run(linear_divergence, student, teacher, kind="jsd")
+    strided = [x.detach().repeat_interleave(2, 0)[::2].requires_grad_() for x in student]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(linear_divergence, strided, [x.repeat_interleave(2, 0)[::2] for x in teacher], kind="jsd")
+    for a, b in zip(actual, expected, strict=True):
+        same(a, b, 1e-6)
+
+
+def test_topk_finds_the_most_probable_ids():
+    (hidden, weight, bias), _ = make()
+    ids_TC, logprobs_TC = linear_topk(hidden, weight, 4, bias_V=bias, temperature=0.6, softcap=2.0)
+    logits = 2.0 * torch.tanh((hidden @ weight.t() + bias) / 2.0) / 0.6
+    expected = logits.log_softmax(-1).topk(4)
+    assert (ids_TC == expected.indices).all()
+    same(logprobs_TC, expected.values.detach())
+    assert not logprobs_TC.requires_grad
+    with pytest.raises(ValueError, match="k is 12; expected 1 to the vocabulary's 11"):
+        linear_topk(hidden, weight, 12)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
+def test_topk_divergence_and_its_gradients_are_those_of_full_logits(kind, tail):
+    student, teacher = make()
+    ids_TC, logprobs_TC = linear_topk(*teacher[:2], 4)
+    ids_TC[3, 2:], ids_TC[5] = -100, -100
+    logprobs_TC[3, 2:] = torch.nan
+    counted_T = torch.arange(27) % 5 != 2
+    counted_T[5] = True
+    options = {"kind": kind, "tail": tail, "temperature": 0.8, "mask_T": counted_T}
+    value_T = linear_topk_divergence(*student[:2], ids_TC, logprobs_TC, bias_V=student[2], **options)
+    options["mask_T"] = counted_T & (torch.arange(27) != 5)
+    clean_TC = logprobs_TC.nan_to_num()
+    truth_T = linear_topk_divergence_reference(*student[:2], ids_TC, clean_TC, bias_V=student[2], **options)
+    same(value_T, torch.where(options["mask_T"], truth_T, 0.0))
+    upstream_T = torch.randn(27, dtype=torch.float64) * options["mask_T"]
+    keep = options["mask_T"].nonzero()[:, 0]
+    truth = torch.autograd.grad(truth_T[keep], student, upstream_T[keep], allow_unused=True)
+    for value, expected in zip(torch.autograd.grad(value_T, student, upstream_T), truth, strict=True):
+        same(value, expected, 1e-11)
+
+
+def test_topk_gradients_follow_the_closed_forms():
+    """In the student's logits z: forward with a bucket is s − t~, renormalised s − t', ignored T_K s − t."""
+    z = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    teacher = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    eye = torch.eye(9, dtype=torch.float64)
+    ids_TC, logprobs_TC = linear_topk(teacher, eye, 3)
+    s, t_K = z.detach().softmax(1), torch.zeros(6, 9, dtype=torch.float64).scatter(1, ids_TC, logprobs_TC.exp())
+    mass, off = t_K.sum(1, keepdim=True), t_K == 0
+    bucket = t_K + off * (1 - mass) * s / (s * off).sum(1, keepdim=True)
+    expected = {"bucket": s - bucket, "renormalise": s - t_K / mass, "ignore": mass * s - t_K}
+    for tail, d_z in expected.items():
+        value_T = linear_topk_divergence(z, eye, ids_TC, logprobs_TC, tail=tail)
+        same(torch.autograd.grad(value_T.sum(), z)[0], d_z)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_cache_of_the_whole_vocabulary_is_the_full_divergence(kind):
+    student, teacher = make()
+    cache = linear_topk(*teacher[:2], 11)
+    full_T = linear_divergence(*student[:2], *teacher[:2], kind=kind)
+    for tail in ("renormalise", "ignore"):
+        same(linear_topk_divergence(*student[:2], *cache, kind=kind, tail=tail), full_T)
+    same(linear_topk_divergence(*student[:2], *cache, kind=kind), full_T, 1e-11)
+
+
+def test_bad_input_is_named_with_its_remedy():
+    (hidden, weight, _), (teacher_hidden, teacher_weight, _) = make()
+    sides = (hidden, weight, teacher_hidden, teacher_weight)
+    with pytest.raises(ValueError, match="kind is 'kl'; expected one of"):
+        linear_divergence(*sides, kind="kl")
+    with pytest.raises(ValueError, match=r"beta is 1\.0; jsd expects 0 < beta < 1"):
+        linear_divergence(*sides, kind="jsd", beta=1.0)
+    with pytest.raises(ValueError, match=r"the teacher has \(T, V\) = \(27, 10\)"):
+        linear_divergence(hidden, weight, teacher_hidden, teacher_weight[1:])
+    with pytest.raises(ValueError, match=r"mask is torch\.int64"):
+        linear_divergence(*sides, mask_T=torch.ones(27, dtype=torch.int64))
+    with pytest.raises(ValueError, match="temperature is -1"):
+        linear_divergence(*sides, temperature=-1.0)
+    with pytest.raises(ValueError, match="tail is 'drop'"):
+        linear_topk_divergence(hidden, weight, *linear_topk(teacher_hidden, teacher_weight, 2), tail="drop")
+    with pytest.raises(ValueError, match=r"expected \[T, C\] twice"):
+        linear_topk_divergence(hidden, weight, torch.zeros(27, 2).long(), torch.zeros(27, 3))
+    with pytest.raises(ValueError, match="no implementation for device 'meta'"):
+        linear_logprob.implementation_for(module._IMPLEMENTATIONS, hidden.to("meta"))

@@ -1,0 +1,227 @@
+"""Policy losses: values by hand, gradients of the plain formulas, the edges of the clip, and half batches."""
+
+import math
+
+import pytest
+import torch
+
+from warpline.kernels.policy_loss import (
+    cispo,
+    clipped_surrogate,
+    dapo,
+    dr_grpo,
+    group_advantage,
+    grpo,
+    gspo,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    ppo,
+    rloo,
+    sequence_mean_weight,
+    weighted_sum,
+)
+
+CU = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+MASK = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+
+
+def same(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def make(spread=0.3):
+    generator = torch.Generator().manual_seed(0)
+    old_T = -2 * torch.rand(9, generator=generator, dtype=torch.float64)
+    logprob_T = (old_T + spread * torch.randn(9, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantage_B = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
+    return logprob_T, old_T, advantage_B, advantage_B.repeat_interleave(CU.diff().long())
+
+
+def sequences():
+    """Counted positions of each sequence."""
+    return [[i for i in range(a, b) if MASK[i]] for a, b in zip(CU[:-1].tolist(), CU[1:].tolist(), strict=True)]
+
+
+def clipped(ratio, advantage, low=0.2, high=0.2):
+    return torch.max(-ratio * advantage, -torch.clip(ratio, 1 - low, 1 + high) * advantage)
+
+
+def plain(name, logprob_T, old_T, advantage_T):
+    """Each loss as a loop over sequences, the way the papers write it."""
+    ratio_T = (logprob_T - old_T).exp()
+    groups = sequences()
+    num_counted = sum(map(len, groups))
+
+    def geometric(s):
+        return (logprob_T[s] - old_T[s]).mean().exp()
+
+    def whole(s):
+        return (logprob_T[s] - old_T[s]).sum().exp()
+
+    def token(low=0.2, high=0.2):
+        return [clipped(ratio_T[s], advantage_T[s], low, high) for s in groups]
+
+    losses = {
+        "ppo": lambda: torch.cat(token()).sum() / num_counted,
+        "dapo": lambda: torch.cat(token(0.2, 0.28)).sum() / num_counted,
+        "grpo": lambda: sum(x.mean() for x in token()) / 3,
+        "dr_grpo": lambda: sum(x.sum() for x in token()) / (3 * 16),
+        "gspo": lambda: sum(clipped(geometric(s), advantage_T[s[0]], 0.05, 0.06) for s in groups) / 3,
+        "rloo": lambda: sum(clipped(whole(s), advantage_T[s[0]]) for s in groups) / 3,
+        "cispo": lambda: -(ratio_T.detach().clip(0.0, 1.1) * advantage_T * logprob_T)[MASK].sum() / num_counted,
+    }
+    return losses[name]()
+
+
+def ours(name, logprob_T, old_T, advantage_T, advantage_B, tokens=slice(0, 9), cu=CU):
+    """The same through the product, on part of the batch but with the whole batch's denominators."""
+    mask_T = MASK[tokens]
+    weight_T = sequence_mean_weight(cu, len(mask_T), mask_T=mask_T, dtype=torch.float64)
+    inputs = (logprob_T[tokens], old_T[tokens], advantage_T[tokens])
+    num_counted = int(MASK.sum())
+    losses = {
+        "ppo": lambda: ppo(*inputs, mask_T=mask_T, denominator=num_counted),
+        "dapo": lambda: dapo(*inputs, mask_T=mask_T, denominator=num_counted),
+        "grpo": lambda: grpo(*inputs, mask_T=mask_T, weight_T=weight_T, denominator=3),
+        "dr_grpo": lambda: dr_grpo(*inputs, mask_T=mask_T, denominator=3 * 16),
+        "gspo": lambda: gspo(*inputs, mask_T=mask_T, cu_seqlens=cu, denominator=3, clip_low=0.05, clip_high=0.06),
+        "rloo": lambda: rloo(*inputs[:2], advantage_B, mask_T=mask_T, cu_seqlens=cu, denominator=3),
+        "cispo": lambda: cispo(*inputs, mask_T=mask_T, denominator=num_counted, clip_high=0.1),
+    }
+    return losses[name]()
+
+
+NAMES = ["ppo", "dapo", "grpo", "dr_grpo", "gspo", "rloo", "cispo"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spread", [0.3, 0.02, 0.0])
+def test_loss_and_gradient_are_those_of_the_plain_formula(name, spread):
+    logprob_T, old_T, advantage_B, advantage_T = make(spread)
+    value, expected = ours(name, logprob_T, old_T, advantage_T, advantage_B), plain(name, logprob_T, old_T, advantage_T)
+    same(value, expected)
+    same(torch.autograd.grad(value, logprob_T)[0], torch.autograd.grad(expected, logprob_T)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_halves_with_the_global_denominator_are_the_whole(name):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    whole = ours(name, logprob_T, old_T, advantage_T, advantage_B)
+    first = ours(name, logprob_T, old_T, advantage_T, advantage_B[:2], slice(0, 4), CU[:3])
+    second = ours(name, logprob_T, old_T, advantage_T, advantage_B[2:], slice(4, 9), CU[2:] - 4)
+    same(first + second, whole)
+    halves = torch.autograd.grad(first + second, logprob_T)[0]
+    same(halves, torch.autograd.grad(whole, logprob_T)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_tokens_may_hold_anything(name):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    expected = ours(name, logprob_T, old_T, advantage_T, advantage_B)
+    d_expected = torch.autograd.grad(expected, logprob_T)[0]
+    dirty = logprob_T.detach().masked_fill(~MASK, torch.nan).requires_grad_()
+    old_T, advantage_T = old_T.masked_fill(~MASK, -torch.inf), advantage_T.masked_fill(~MASK, torch.nan)
+    value = ours(name, dirty, old_T, advantage_T, advantage_B)
+    same(value, expected)
+    same(torch.autograd.grad(value, dirty)[0], d_expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_on_policy_is_the_policy_gradient(name):
+    logprob_T, old_T, advantage_B, advantage_T = make(0.0)
+    gradient_T = torch.autograd.grad(ours(name, logprob_T, old_T, advantage_T, advantage_B), logprob_T)[0]
+    weight_T = sequence_mean_weight(CU, 9, mask_T=MASK, dtype=torch.float64) / 3
+    weights = {"grpo": weight_T, "gspo": weight_T, "rloo": MASK.double() / 3, "dr_grpo": MASK.double() / 48}
+    same(gradient_T, -advantage_T * weights.get(name, MASK.double() / 7))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.3, 1.0, -1.2, 0.0),
+        (1.3, -1.0, 1.3, 1.0),
+        (0.7, 1.0, -0.7, -1.0),
+        (0.7, -1.0, 0.8, 0.0),
+        (1.1, 2.0, -2.2, -2.0),
+        (0.9, -2.0, 1.8, 2.0),
+    ],
+)
+def test_clip_stops_the_gradient_only_in_its_direction(ratio, advantage, loss, gradient):
+    ratio = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
+    value = clipped_surrogate(ratio, torch.tensor(advantage, dtype=torch.float64), 0.2, 0.2)
+    assert value.item() == pytest.approx(loss)
+    assert torch.autograd.grad(value, ratio)[0].item() == pytest.approx(gradient)
+
+
+def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
+    ratio = torch.tensor([9.0, 2.0, 9.0], requires_grad=True)
+    value = clipped_surrogate(ratio, torch.tensor([-1.0, -1.0, 1.0]), 0.2, 0.2, dual_clip=3.0)
+    same(value, torch.tensor([3.0, 2.0, -1.2]), 1e-6)
+    same(torch.autograd.grad(value.sum(), ratio)[0], torch.tensor([0.0, 1.0, 0.0]))
+
+
+def test_cispo_keeps_the_gradient_beyond_its_bound():
+    logprob_T = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
+    for old, weight in ((-3.0, 5.0), (3.0, math.exp(-3))):
+        loss = cispo(logprob_T, torch.tensor([old], dtype=torch.float64), torch.ones(1), denominator=1)
+        assert torch.autograd.grad(loss, logprob_T)[0].item() == pytest.approx(-weight)
+
+
+@pytest.mark.parametrize("function", [ppo, dapo, dr_grpo, cispo])
+def test_absurd_ratios_give_finite_gradients(function):
+    logprob_T = torch.tensor([0.0, -1e4, 0.0, -1e4], requires_grad=True)
+    old_T = torch.tensor([-1e4, 0.0, -1e4, 0.0])
+    loss = function(logprob_T, old_T, torch.tensor([1.0, 1.0, -1.0, -1.0]), denominator=4)
+    loss.backward()
+    assert loss.isfinite() and logprob_T.grad.isfinite().all()
+
+
+def test_advantages_are_those_worked_by_hand():
+    reward_B = torch.tensor([1.0, 0.0, 0.0, 2.0, 2.0, 2.0], dtype=torch.float64)
+    std = math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2)
+    centred = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0, 0, 0], dtype=torch.float64)
+    same(group_advantage(reward_B, 3, normalise="none"), centred)
+    same(group_advantage(reward_B, 3), centred / (std + 1e-4))
+    same(group_advantage(reward_B, 3, normalise="leave_one_out")[:3], torch.tensor([1.0, -0.5, -0.5]).double())
+
+
+def test_kl_estimators_have_their_values_and_gradients():
+    logprob_T = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    reference_T = torch.tensor([-1.5, -1.2], dtype=torch.float64)
+    difference = (logprob_T - reference_T).detach()
+    expected = {
+        kl_k1: (difference, torch.ones(2).double()),
+        kl_k2: (difference**2 / 2, difference),
+        kl_k3: ((-difference).exp() + difference - 1, 1 - (-difference).exp()),
+    }
+    for function, (value, gradient) in expected.items():
+        same(function(logprob_T, reference_T), value)
+        same(torch.autograd.grad(function(logprob_T, reference_T).sum(), logprob_T)[0], gradient)
+
+
+def test_k1_and_k3_are_unbiased_estimates_of_the_divergence():
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in ([0.2, 0.5, 0.3], [0.4, 0.4, 0.2]))
+    divergence = (p * (p / q).log()).sum()
+    for function in (kl_k1, kl_k3):
+        same((p * function(p.log(), q.log())).sum(), divergence)
+
+
+def test_sequence_weights_sum_to_one_per_sequence_and_skip_padding():
+    weight_T = sequence_mean_weight(torch.tensor([0, 3, 3, 4]), 6, mask_T=torch.tensor([1, 0, 1, 1, 1, 1]).bool())
+    same(weight_T, torch.tensor([0.5, 0.0, 0.5, 1.0, 0.0, 0.0]), 1e-7)
+    same(weighted_sum(torch.full((6,), 3.0), weight_T=weight_T, denominator=2), torch.tensor(3.0), 1e-6)
+
+
+def test_bad_input_is_named_with_its_remedy():
+    logprob_T = torch.zeros(4)
+    with pytest.raises(ValueError, match="in groups of 3; expected"):
+        group_advantage(logprob_T, 3)
+    with pytest.raises(ValueError, match="normalise is 'std'; expected one of"):
+        group_advantage(logprob_T, 2, normalise="std")
+    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
+        ppo(logprob_T, logprob_T, logprob_T, mask_T=torch.ones(4), denominator=1)
+    with pytest.raises(ValueError, match="clip_low, clip_high are 2, 0"):
+        ppo(logprob_T, logprob_T, logprob_T, denominator=1, clip_low=2, clip_high=0)
+    with pytest.raises(ValueError, match="dual_clip is 1"):
+        ppo(logprob_T, logprob_T, logprob_T, denominator=1, dual_clip=1)

@@ -1,0 +1,136 @@
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from warpline.parallel.mesh import start_mesh
+from warpline.stages.parts.config import OptimizerConfig, TrainingConfig
+from warpline.stages.parts.run import RunFolder
+from warpline.stages.parts.session import NonFinite, Session, Stopped, StopSignal, generator_of, seed_of
+
+STAGES = ["pretrain", "sft", "preference", "rl", "distill"]
+
+
+class StopAfter(StopSignal):
+    """A signal that arrives during step `count`, deterministically."""
+
+    def __init__(self, count: int):
+        self.count, self.asked = count, 0
+
+    @property
+    def received(self):
+        self.asked += 1
+        return "SIGTERM" if self.asked == self.count else None
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    clock = ("seconds", "tokens_per_second")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_stopped_and_resumed_gives_the_bits_of_one_that_ran_straight(stage, stage_runner, tmp_path):
+    straight = stage_runner(stage, tmp_path / "straight")
+    with pytest.raises(Stopped, match="after step 3"):
+        stage_runner(stage, tmp_path / "resumed", StopAfter(3))
+    resumed = stage_runner(stage, tmp_path / "resumed")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "rl"])
+def test_a_stage_killed_between_checkpoints_repeats_the_lost_steps_with_equal_bits(stage, stage_runner, tmp_path):
+    """The state after a kill -9 in step 4: the checkpoint of step 2 and metrics past it, the last line torn."""
+    straight = stage_runner(stage, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        stage_runner(stage, tmp_path / "killed", StopAfter(2))
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": stage, "step": 3, "loss": 1.0}) + '\n{"stage": "pre')
+    leftover = tmp_path / "killed" / "checkpoints" / stage / "step-4.tmp-123"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    resumed = stage_runner(stage, tmp_path / "killed")
+    assert (straight / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "killed")
+    assert not leftover.exists()
+
+
+def test_a_finished_stage_trains_no_further(stage_runner, tmp_path):
+    first = stage_runner("sft", tmp_path / "run")
+    written = (first / "manifest.json").stat().st_mtime_ns
+    assert stage_runner("sft", tmp_path / "run") == first
+    assert (first / "manifest.json").stat().st_mtime_ns == written
+    assert len(metrics_of(tmp_path / "run")) == 6
+
+
+def session_of(folder: Path, decoder, tokenizer, **changes) -> Session:
+    settings = {"steps": 50, "optimizer": OptimizerConfig(learning_rate=0.1), "checkpoint_every_steps": 100, **changes}
+    return Session("test", TrainingConfig(**settings), RunFolder(folder), start_mesh(1), lambda: (decoder, tokenizer))
+
+
+def put_gradients(decoder, value: float) -> None:
+    for parameter in decoder.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
+def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(loss, gradient, tmp_path, tiny_decoder, tokenizer):
+    tmp_path.joinpath("run").mkdir()
+    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, steps=3)
+    before = {name: tensor.clone() for name, tensor in tiny_decoder.state_dict().items()}
+    for step in session.steps():
+        put_gradients(tiny_decoder, gradient if step == 1 else 0.0)
+        applied = session.update(loss if step == 1 else 1.0)
+        assert applied == (step != 1)
+        session.finish_step(loss if step == 1 else 1.0, 10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_decoder.state_dict().items())
+    lines = metrics_of(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert lines[1]["loss"] is None or lines[1]["grad_norm"] is None
+
+
+def test_too_many_skips_in_a_row_end_the_run(tmp_path, tiny_decoder, tokenizer):
+    tmp_path.joinpath("run").mkdir()
+    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, max_skipped_steps_in_a_row=3)
+    with pytest.raises(NonFinite, match="3 updates in a row"):
+        for step in session.steps():
+            put_gradients(tiny_decoder, 0.0)
+            session.update(1.0 if step == 0 else math.nan)
+            session.finish_step(1.0, 10)
+    assert len(metrics_of(tmp_path / "run")) == 4
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, tiny_decoder, tokenizer):
+    tmp_path.joinpath("run").mkdir()
+    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, steps=1)
+    with pytest.raises(NonFinite, match="after step 1 are not finite and are not saved"):
+        for _ in session.steps():
+            put_gradients(tiny_decoder, 0.0)
+            session.update(1.0)
+            with torch.no_grad():
+                tiny_decoder.norm.weight[0] = float("inf")
+            session.finish_step(1.0, 10)
+    assert not list((tmp_path / "run").glob("checkpoints/*/*"))
+
+
+def test_signals_are_remembered_until_the_step_ends():
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        stop = StopSignal().install()
+        assert stop.received is None
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {seed_of(*parts) for parts in [(0, "rl", 1), (1, "rl", 1), (0, "sft", 1), (0, "rl", 2), (0, "rl", "1")]}
+    assert len(seeds) == 5
+    assert torch.equal(torch.rand(3, generator=generator_of(1, "x")), torch.rand(3, generator=generator_of(1, "x")))

@@ -1,0 +1,59 @@
+import json
+import math
+
+import pytest
+
+from warpline.stages.parts.config import OptimizerConfig
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_dpo_starts_at_log_two_and_separates_the_pairs(stage_runner, tmp_path):
+    stage_runner("preference", tmp_path / "run", steps=15, checkpoint_every_steps=15)
+    lines = lines_of(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["loss"] < 0.6 and lines[-1]["margin"] > 0.1 and lines[-1]["reward_accuracy"] > 0.9
+
+
+def test_ipo_starts_at_its_target_squared(stage_runner, tmp_path):
+    """(h_w − h_l − 1/(2β))² with equal policies is 1/(4β²), on means per token."""
+    stage_runner("preference", tmp_path / "run", steps=6, loss="ipo", beta=0.5, optimizer=OptimizerConfig(learning_rate=2e-3))
+    lines = lines_of(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(1.0, abs=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_microbatches_never_split_a_pair_and_change_nothing_but_rounding(stage_runner, tmp_path):
+    for name, size in (("whole", 4096), ("parts", 8)):
+        stage_runner("preference", tmp_path / name, tokens_per_microbatch=size)
+    whole, parts = ([line["loss"] for line in lines_of(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+def test_the_sft_term_is_the_chosen_completions_mean_nll(stage_runner, tmp_path, pair_file, start_folder):
+    """A first step with the term, minus one without, is weight × mean over pairs of the NLL per chosen token."""
+    import torch
+
+    from warpline.data.conversation import read_preferences
+    from warpline.stages.parts.checkpoint import load_start
+
+    for name, weight in (("with", 0.5), ("without", 0.0)):
+        stage_runner("preference", tmp_path / name, steps=1, sft_weight=weight, tokens_per_step=100_000)
+    decoder, tokenizer = load_start(start_folder, torch.device("cpu"))
+    means = []
+    for pair in read_preferences([pair_file], tokenizer, None):
+        logprobs = (decoder(torch.tensor([pair.chosen.ids]))[0] @ decoder.output_weight.T).log_softmax(-1)
+        chosen = [
+            logprobs[place - 1, token].item() for place, token in enumerate(pair.chosen.ids) if pair.chosen.supervised[place]
+        ]
+        means.append(-sum(chosen) / len(chosen))
+    added = lines_of(tmp_path / "with")[0]["loss"] - lines_of(tmp_path / "without")[0]["loss"]
+    assert added == pytest.approx(0.5 * sum(means) / len(means), rel=1e-4)
+
+
+def test_a_pair_of_equal_answers_is_refused(stage_runner, tmp_path):
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    with pytest.raises(ValueError, match=r"same.jsonl:1: chosen and rejected are the same"):
+        stage_runner("preference", tmp_path / "run", files=[str(tmp_path / "same.jsonl")])
