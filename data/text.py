@@ -43,12 +43,14 @@ def standard_library_documents() -> list[Document]:
 
 
 def split(documents: Iterable[Document], held_out_fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(train, held out). The side of a document is a hash of its source and the seed: whole files, in any order."""
+    """(train, held out). The side of a document is a hash of its text and the seed: whole documents, whatever their order,
+    their names and the folder they lie in.
+    """
     if not 0 < held_out_fraction < 1:
         raise BadData(f"held_out_fraction is {held_out_fraction}, expected a number between 0 and 1, neither included")
     sides: tuple[list[Document], list[Document]] = ([], [])
     for document in documents:
-        digest = hashlib.blake2b(f"{seed}:{document.source}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed}:{document.text}".encode(), digest_size=8).digest()
         sides[int.from_bytes(digest, "little") < held_out_fraction * 2**64].append(document)
     if not all(sides):
         counts = f"{len(sides[0])} train and {len(sides[1])} held-out documents"

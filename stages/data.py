@@ -43,7 +43,7 @@ class TaskConfig(Config):
 
 
 class DataConfig(Config):
-    """`text`: files and folders, or "standard-library". Held-out documents are chosen by a hash of their name.
+    """`text`: files and folders, or "standard-library". Held-out documents are chosen by a hash of their text.
 
     Give `vocab_size` to train a tokenizer, or `tokenizer`, a model's folder, to use its own.
     """
@@ -77,11 +77,6 @@ def main(config: DataStageConfig, run: RunFolder, mesh: Mesh) -> Path:
 def _make(config: DataStageConfig, run: RunFolder, folder: Path, progress: StageProgress) -> None:
     documents, counts = deduplicate(_collect(config.text), threshold=config.near_duplicate_threshold)
     train, held_out = split(documents, config.held_out_fraction, config.seed)
-    if not train or not held_out:
-        raise BadConfig(
-            f"data: {len(documents)} document(s) split into {len(train)} for training and {len(held_out)} held out; "
-            "both sides need one: give more files or change held_out_fraction"
-        )
     held_out = _excerpts(held_out, config.held_out_bytes)
     if not held_out:
         raise BadConfig(

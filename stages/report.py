@@ -411,11 +411,11 @@ def _what(run: Run) -> str:
     precisions = sorted({lines[-1]["precision"] for lines in run.metrics.values() if "precision" in lines[-1]})
     environment = {**run.environment, **({"precision": ", ".join(precisions)} if precisions else {})}
     machine = pairs(environment) if run.environment else missing("environment.json is not there.")
-    data = pairs(run.data) if run.data else missing("data.json is not there: this run made no data.")
+    data = f"<h3>Data</h3>{pairs(run.data)}" if run.data else ""
     torn = f"Unreadable lines of the .jsonl files (torn by a kill), left out: {run.num_unreadable}."
     configuration = text(json.dumps(run.config, indent=2, ensure_ascii=False))
     return (
-        f"<h3>Machine and versions</h3>{machine}<h3>Data</h3>{data}{missing(torn) if run.num_unreadable else ''}"
+        f"<h3>Machine and versions</h3>{machine}{data}{missing(torn) if run.num_unreadable else ''}"
         f"<details><summary>Configuration, as resolved</summary><pre>{configuration}</pre></details>"
     )
 

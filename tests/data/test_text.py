@@ -58,6 +58,8 @@ def test_the_split_is_disjoint_complete_and_independent_of_order():
     assert {d.source for d in split(documents[::-1], 0.1, seed=1)[1]} == {d.source for d in held_out}
     assert {d.source for d in split(documents, 0.1, seed=2)[1]} != {d.source for d in held_out}
     assert {d.source for d in held_out} <= {d.source for d in split(documents, 0.2, seed=1)[1]}
+    moved = [Document(d.text, f"/elsewhere/{i}") for i, d in enumerate(documents)]
+    assert {d.text for d in split(moved, 0.1, seed=1)[1]} == {d.text for d in held_out}
 
 
 def test_a_split_with_an_empty_side_is_refused():
