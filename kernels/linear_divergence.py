@@ -6,52 +6,58 @@
     reverse_kl  KL = Σ s log(s/t)                 s (log(s/t) − KL)
     jsd         β KL(t‖m) + (1 − β) KL(s‖m)       (1 − β) s (log(s/m) − KL(s‖m))
   jsd tends to 0 as β tends to 0 or 1, so the ends are refused rather than read as one of the KLs.
-  Against a cached top k (K the cached ids, o all other ids as one bucket, t' and s' renormalised over K):
-    tail          forward_kl                                  reverse_kl
-    bucket        Σ_K t log(t/s) + t_o log(t_o/s_o)           Σ_K s log(s/t) + s_o log(s_o/t_o)
-    renormalise   Σ_K t' log(t'/s)                            Σ_K s' log(s'/t')
-    ignore        Σ_K t log(t/s)                              Σ_K s log(s/t)
-**Shapes** hidden [T, D], weight [V, D], teacher_hidden [T, U], teacher_weight [V, U], caches [T, C] → divergence [T].
+  Divergences from a cached top k are in `linear_topk`, and importable from here.
+**Shapes** hidden [T, D], weight [V, D], teacher_hidden [T, U], teacher_weight [V, U] → divergence [T].
 **Dtypes** As in linear_logprob: products in each side's hidden dtype, accumulated in fp32; the rest fp32, or fp64
   if any input is fp64.
-**Traffic** 2TV(D + U) FLOPs forward; 2TV(D + U) + 4TVD backward, which makes both sides' logits again. Largest buffers:
-  a few TOKENS_PER_CHUNK × V.
+**Traffic** 2TV(D + U) FLOPs forward; 2TV(D + U) + 4TVD backward, which makes both sides' logits again. Memory: see
+  `vocabulary_sweep`; the jsd alone keeps logits, of both sides, in its forward.
 **Source** GKD, arXiv 2306.13649 (the jsd; its reference weighting); MiniLLM, arXiv 2306.08543 (reverse KL).
-**Limits** The teacher is a constant: it never gets a gradient, required or not. One device holds the whole vocabulary.
-  First derivatives only. "bucket" finds s_o as 1 − Σ_K s, so it has no gradient once s_o is below the dtype's rounding
-  of 1. "renormalise" over-sharpens (forward) or leaves the mass outside K free (reverse); reverse "ignore" is negative
-  where s < t on K, and smallest at s = t / e: a term of other losses, not a divergence.
+**Limits** The teacher is a constant: it never gets a gradient, required or not. With a `group` the jsd gathers twice: its
+  mixture needs both sides' normalisers first. First derivatives only.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear_logprob import (
+from .linear_logprob import check_head, needed_gradients, reference_logits, shard_of
+from .linear_topk import check_mask, linear_topk, linear_topk_divergence
+from .logit_block import (
+    KINDS,
+    Coefficient,
+    Divergence,
+    LogitMap,
+    PairStatistic,
+    Side,
+    divergence_reference,
+    logit_block,
+    new_pair_statistics,
+)
+from .vocabulary_sweep import (
+    Chunk,
+    Form,
     Gradients,
-    LogitForm,
-    centre_logits,
-    check_head,
-    chunk_logits,
-    chunk_slope,
+    Head,
+    Needed,
+    Shard,
     chunks,
-    drop_tokens,
-    implementation_for,
-    linear_logprob,
-    nothing,
-    operand,
-    reference_logits,
-    restore_tokens,
+    combine_pair_statistics,
+    gather,
+    reduce_d_hidden,
     statistic_dtype,
+    sweep,
+    valid_rows,
+    written_over,
 )
 
-_IGNORED = -100
+__all__ = ["linear_divergence", "linear_divergence_reference", "linear_topk", "linear_topk_divergence"]
 
 
 def linear_divergence_reference(
@@ -70,115 +76,269 @@ def linear_divergence_reference(
     teacher_softcap: float | None = None,
 ) -> Tensor:
     """The divergence from the full logits of both sides."""
-    logs_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap).log_softmax(-1)
-    teacher = (teacher_hidden_TU, teacher_weight_VU, teacher_bias_V)
+    student = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap)
     with torch.no_grad():
-        logt_TV = reference_logits(*teacher, temperature, teacher_softcap).log_softmax(-1)
-    logm_TV = torch.logaddexp(logt_TV + math.log(beta), logs_TV + math.log(1 - beta))
-    value = {
-        "forward_kl": lambda: _reference_kl(logt_TV, logs_TV),
-        "reverse_kl": lambda: _reference_kl(logs_TV, logt_TV),
-        "jsd": lambda: beta * _reference_kl(logt_TV, logm_TV) + (1 - beta) * _reference_kl(logs_TV, logm_TV),
-    }[kind]()
-    return value if mask_T is None else value.masked_fill(~mask_T, 0.0)
+        teacher = reference_logits(teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, temperature, teacher_softcap)
+    value_T = divergence_reference(Side(student, None, LogitMap()), Side(teacher, None, LogitMap()), Divergence(kind, beta))
+    return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0.0)
 
 
-def _reference_kl(logp_TV: Tensor, logq_TV: Tensor) -> Tensor:
-    """Σ p log(p/q), where 0 log 0 is 0."""
-    floor = torch.finfo(logp_TV.dtype).min / 4
-    return (logp_TV.exp() * (logp_TV.clamp(min=floor) - logq_TV.clamp(min=floor))).sum(-1)
+# ---- Forward and backward, on every device ----
 
 
-# The chunked implementation. Each kind takes log s and log t of a chunk, which it may overwrite, and either returns the
-# divergence or, given its upstream gradient, the gradient in the student's logits.
+class Call(NamedTuple):
+    """The options of one call, as the registered operator takes them."""
+
+    divergence: Divergence
+    temperature: float
+    softcap: float | None
+    teacher_softcap: float | None
+    shard: Shard
+    reduce_d_hidden: bool = True
 
 
-def _forward_kl(logs_XV: Tensor, logt_XV: Tensor, beta: float, upstream_X: Tensor | None) -> Tensor:
-    if upstream_X is not None:
-        return logs_XV.exp_().sub_(logt_XV.exp_()).mul_(upstream_X[:, None])
-    t_XV = logt_XV.exp()
-    return logt_XV.sub_(logs_XV).mul_(t_XV).sum(1)
+class Inputs(NamedTuple):
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    teacher_hidden_TU: Tensor
+    teacher_weight_VU: Tensor
+    teacher_bias_V: Tensor | None
+    mask_T: Tensor | None
 
 
-def _reverse_kl(logs_XV: Tensor, logt_XV: Tensor, beta: float, upstream_X: Tensor | None) -> Tensor:
-    s_XV = logs_XV.exp()
-    logs_XV.sub_(logt_XV)
-    if upstream_X is None:
-        return logs_XV.mul_(s_XV).sum(1)
-    value_X = (logs_XV * s_XV).sum(1)
-    return logs_XV.sub_(value_X[:, None]).mul_(s_XV).mul_(upstream_X[:, None])
+class _Pair:
+    """A student and a teacher with the tokens that are computed: on the CPU those of the mask, elsewhere all."""
+
+    def __init__(self, inputs: Inputs, call: Call):
+        self.inputs, self.call = inputs, call
+        self.student = self._head(inputs[:3], call.softcap)
+        self.teacher = self._head(inputs[3:6], call.teacher_softcap)
+        self.kept_T = None
+        if inputs.mask_T is not None and inputs.hidden_TD.device.type == "cpu" and not inputs.mask_T.all():
+            self.kept_T = inputs.mask_T.nonzero()[:, 0]
+        self.hidden_XD, self.teacher_hidden_XU = map(self.kept, (inputs.hidden_TD, inputs.teacher_hidden_TU))
+        self.blocking, self.steps = self.student.form.blocking, logit_block(inputs.hidden_TD.device)
+        self.like = self.hidden_XD.new_empty(0, dtype=self.student.form.statistic_dtype)
+
+    def _head(self, side: tuple[Tensor, Tensor, Tensor | None], softcap: float | None) -> Head:
+        """Multiplies in its own hidden states' dtype; both sides' statistics have the wider precision."""
+        form = Form.of((*side, *self.inputs[:6]), self.call.temperature, softcap, None)
+        return Head(*valid_rows(side[1], side[2], self.call.shard), form)
+
+    def kept(self, x_T: Tensor) -> Tensor:
+        return x_T if self.kept_T is None else x_T[self.kept_T]
+
+    def restored(self, x_X: Tensor) -> Tensor:
+        """Among the zeros of tokens that do not count."""
+        num_tokens = len(self.inputs.hidden_TD)
+        if self.kept_T is not None:
+            return x_X.new_zeros(num_tokens, *x_X.shape[1:]).index_copy_(0, self.kept_T, x_X)
+        mask_T = self.inputs.mask_T
+        return x_X if mask_T is None else x_X.masked_fill(~mask_T.view(-1, *[1] * (x_X.dim() - 1)), 0.0)
+
+    def chunks(self, elements: int, columns: int) -> Iterator[tuple[Chunk, Chunk]]:
+        num_tokens = self.student.tokens_per_chunk(elements, columns)
+        sides = ((self.hidden_XD, self.student), (self.teacher_hidden_XU, self.teacher))
+        return zip(*(chunks(hidden, num_tokens, head.form) for hidden, head in sides), strict=True)
+
+    def blocks(self, pair: tuple[Chunk, Chunk], are_kept: bool = False) -> Iterator[tuple[slice, Side, Side]]:
+        """(tokens, both sides) of every block of a chunk."""
+        sweeps = (sweep(chunk, head, are_kept) for chunk, head in zip(pair, (self.student, self.teacher), strict=True))
+        return ((tokens, student, teacher) for (_, tokens, student), (_, _, teacher) in zip(*sweeps, strict=True))
 
 
-def _jsd(logs_XV: Tensor, logt_XV: Tensor, beta: float, upstream_X: Tensor | None) -> Tensor:
-    s_XV = logs_XV.exp()
-    log_weights = s_XV.new_tensor([beta, 1.0 - beta]).log().unbind()
-    logm_XV = torch.logaddexp(logt_XV + log_weights[0], logs_XV + log_weights[1])
-    student_X = logs_XV.sub_(logm_XV).mul(s_XV).sum(1)
-    if upstream_X is not None:
-        return logs_XV.sub_(student_X[:, None]).mul_(s_XV).mul_(upstream_X[:, None] * (1.0 - beta))
-    t_XV = logt_XV.exp()
-    return beta * logt_XV.sub_(logm_XV).mul_(t_XV).sum(1) + (1.0 - beta) * student_X
+def _forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence [T], the student's and the teacher's [MAX, LOG_SUM, value] [3, X]); the value is that which the gradient
+    needs, and X the tokens that are computed."""
+    pair, kind = _Pair(inputs, call), call.divergence.kind
+    statistics = new_pair_statistics(len(pair.hidden_XD), pair.like)
+    with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
+        if kind == "jsd" and call.shard.group_name is None:
+            return _jsd_of_kept_blocks(pair, statistics)
+        for chunk in pair.chunks(pair.blocking.backward_elements, pair.blocking.columns):
+            for tokens, student, teacher in pair.blocks(chunk):
+                pair.steps.pair_statistics(student, teacher, call.divergence, statistics[:, tokens])
+        whole = combine_pair_statistics(gather(statistics, call.shard), kind)
+        student_table, teacher_table = _tables(whole)
+        if kind == "jsd":
+            return _jsd_of_a_group(pair, student_table, teacher_table)
+    row = PairStatistic
+    total, other = (row.TEACHER_SUM, row.SUM) if kind == "forward_kl" else (row.SUM, row.TEACHER_SUM)
+    student_table[2] = whole[row.CROSS] / whole[total] + (whole[other] / whole[total]).log()
+    return pair.restored(student_table[2].clone()), student_table, teacher_table
 
 
-_KINDS: dict[str, Callable[[Tensor, Tensor, float, Tensor | None], Tensor]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-}
+def _tables(whole: Tensor) -> tuple[Tensor, Tensor]:
+    row, tables = PairStatistic, []
+    for maximum, total in ((row.MAX, row.SUM), (row.TEACHER_MAX, row.TEACHER_SUM)):
+        tables.append(torch.stack([whole[maximum], whole[total].log(), torch.zeros_like(whole[total])]))
+    return tables[0], tables[1]
 
 
-def _log_softmax(logits_XV: Tensor, has_bias: bool) -> Tensor:
-    """In place but for one buffer; entries that a bias of −inf turned off stay finite."""
-    centre_logits(logits_XV, has_bias)
-    return logits_XV.sub_(logits_XV.exp().sum(1).log_()[:, None])
+def _jsd_of_kept_blocks(pair: _Pair, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each product once: a chunk's blocks of both sides are kept from its statistics to its divergence."""
+    sums = statistics.new_zeros(2, statistics.shape[1])
+    tables = statistics.new_zeros(2, 3, statistics.shape[1])
+    for chunk in pair.chunks(pair.blocking.kept_elements // 2, len(pair.student.weight_VD)):
+        blocks = list(pair.blocks(chunk, are_kept=True))
+        for tokens, student, teacher in blocks:
+            pair.steps.pair_statistics(student, teacher, pair.call.divergence, statistics[:, tokens])
+        here = chunk[0].tokens
+        tables[0, :, here], tables[1, :, here] = _tables(statistics[:, here])
+        for tokens, student, teacher in blocks:
+            normalisers = (tables[0, :, tokens], tables[1, :, tokens])
+            pair.steps.divergence(student, teacher, pair.call.divergence.beta, normalisers, sums[:, tokens])
+    return _jsd(pair, sums, tables[0], tables[1])
 
 
-class _ChunkedDivergence(torch.autograd.Function):
-    """Saves the inputs only; the backward makes each chunk's logits of both sides again."""
+def _jsd_of_a_group(pair: _Pair, student_table: Tensor, teacher_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With the group's normalisers, which are known only once all ranks have walked over their rows: products again."""
+    sums = student_table.new_zeros(2, student_table.shape[1])
+    for chunk in pair.chunks(pair.blocking.backward_elements, pair.blocking.columns):
+        for tokens, student, teacher in pair.blocks(chunk):
+            normalisers = (student_table[:, tokens], teacher_table[:, tokens])
+            pair.steps.divergence(student, teacher, pair.call.divergence.beta, normalisers, sums[:, tokens])
+    return _jsd(pair, gather(sums, pair.call.shard).sum(0), student_table, teacher_table)
+
+
+def _jsd(pair: _Pair, sums: Tensor, student_table: Tensor, teacher_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    beta = pair.call.divergence.beta
+    student_table[2] = sums[1]
+    return pair.restored(beta * sums[0] + (1.0 - beta) * sums[1]), student_table, teacher_table
+
+
+def _backward(
+    inputs: Inputs, tables: tuple[Tensor, Tensor], d_value_T: Tensor, needed: tuple[bool, bool, bool], call: Call
+) -> tuple[Tensor | None, ...]:
+    """(d_hidden, d_weight, d_bias), those that are needed."""
+    pair = _Pair(inputs, call)
+    mask_T, blocking = inputs.mask_T, pair.blocking
+    upstream_T = d_value_T if mask_T is None else d_value_T.masked_fill(~mask_T, 0.0)
+    coefficients = pair.like.new_zeros(len(Coefficient), len(pair.hidden_XD))
+    coefficients[[Coefficient.MAX, Coefficient.LOG_SUM, Coefficient.B]] = tables[0]
+    coefficients[Coefficient.A] = pair.kept(upstream_T)
+    is_partial = call.shard.group_name is not None and call.reduce_d_hidden
+    asked = Needed(*needed, len(inputs.weight_VD), is_partial)
+    num_tokens = pair.student.tokens_per_chunk(blocking.backward_elements // 2, blocking.backward_columns)
+    gradients = Gradients(pair.hidden_XD, pair.student, asked, -(-len(pair.hidden_XD) // num_tokens))
+    with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
+        for chunk, teacher_chunk in pair.chunks(blocking.backward_elements // 2, blocking.backward_columns):
+            gradients.begin(chunk)
+            size, tokens = chunk.size, chunk.tokens
+            for columns in pair.student.columns(blocking.backward_columns):
+                shape = (chunk.num_padded, columns.stop - columns.start)
+                block, teacher_block = pair.like.new_empty(shape), pair.like.new_empty(shape)
+                whole = slice(0, chunk.num_padded)
+                chunk.products(whole, pair.student, columns, block)
+                teacher_chunk.products(whole, pair.teacher, columns, teacher_block)
+                out = written_over(block, pair.student.form)
+                student = pair.student.side(block[:size], columns)
+                teacher = pair.teacher.side(teacher_block[:size], columns)
+                at = (coefficients[:, tokens], tables[1][:, tokens])
+                pair.steps.divergence_gradient(student, teacher, call.divergence, *at, out[:size])
+                gradients.add(columns, out)
+            gradients.end()
+    d_hidden = gradients.d_hidden_TD
+    if d_hidden is not None:
+        d_hidden = pair.restored(reduce_d_hidden(d_hidden, call.shard) if call.reduce_d_hidden else d_hidden)
+    pairs = zip((d_hidden, gradients.d_weight_VD, gradients.d_bias_V), inputs, strict=False)
+    return tuple(None if d is None or x is None else d.to(x.dtype) for d, x in pairs)
+
+
+# ---- The registered operators, for compiled callers ----
+
+
+def _call_of(kind: str, beta: float, options: tuple) -> Call:
+    temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden = options
+    shard = Shard(vocab_start, vocab_size, group_name)
+    return Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, shard, reduce_d_hidden)
+
+
+@torch.library.custom_op("warpline::linear_divergence", mutates_args=())
+def _divergence_op(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher_hidden_TU: Tensor, teacher_weight_VU: Tensor,
+    teacher_bias_V: Tensor | None, mask_T: Tensor | None, kind: str, beta: float, temperature: float, softcap: float | None,
+    teacher_softcap: float | None, vocab_start: int, vocab_size: int, group_name: str | None, reduce_d_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = Inputs(hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T)
+    options = (temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden)
+    return _padded(_forward(inputs, _call_of(kind, beta, options)), inputs)
+
+
+def _padded(values: tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """With tables of all T tokens, so that no shape depends on the mask's content; what is behind X is not read."""
+    value_T, *tables = values
+    padded = (torch.nn.functional.pad(table, (0, len(inputs.hidden_TD) - table.shape[1])) for table in tables)
+    return value_T.clone(), *padded  # type: ignore[return-value]
+
+
+@_divergence_op.register_fake
+def _(hidden_TD, weight_VD, bias_V, *rest):
+    value_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=statistic_dtype(hidden_TD, weight_VD, bias_V, *rest[:3]))
+    return value_T, *(value_T.new_empty(3, hidden_TD.shape[0]) for _ in range(2))
+
+
+@torch.library.custom_op("warpline::linear_divergence_backward", mutates_args=())
+def _divergence_backward_op(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher_hidden_TU: Tensor, teacher_weight_VU: Tensor,
+    teacher_bias_V: Tensor | None, mask_T: Tensor | None, student_table: Tensor, teacher_table: Tensor, d_value_T: Tensor,
+    needed: list[bool], kind: str, beta: float, temperature: float, softcap: float | None, teacher_softcap: float | None,
+    vocab_start: int, vocab_size: int, group_name: str | None, reduce_d_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = Inputs(hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T)
+    options = (temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden)
+    call = _call_of(kind, beta, options)
+    num_kept = len(_Pair(inputs, call).hidden_XD)
+    tables = (student_table[:, :num_kept], teacher_table[:, :num_kept])
+    gradients = _backward(inputs, tables, d_value_T, (needed[0], needed[1], needed[2]), call)
+    return tuple(hidden_TD.new_empty(0) if d is None else d for d in gradients)  # type: ignore[return-value]
+
+
+@_divergence_backward_op.register_fake
+def _(hidden_TD, weight_VD, bias_V, *rest):
+    pairs = zip((hidden_TD, weight_VD, bias_V), rest[7], strict=True)
+    return tuple(x.new_empty(x.shape) if x is not None and asked else hidden_TD.new_empty(0) for x, asked in pairs)
+
+
+def _save_for_op(ctx, inputs, output):
+    *tensors, ctx.options = *inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_op(ctx, d_value_T, *_):
+    needed = [bool(asked) for asked in ctx.needs_input_grad[:3]]
+    gradients = _divergence_backward_op(*ctx.saved_tensors, d_value_T, needed, *ctx.options)
+    return *(d if asked else None for d, asked in zip(gradients, needed, strict=True)), *[None] * (4 + len(ctx.options))
+
+
+_divergence_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
+
+
+# ---- Autograd, for eager callers ----
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """Saves the inputs and three numbers per token and side."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, teacher, forms, kind, beta):
-        """`teacher` is (hidden, weight, bias), constants; `forms` the student's and the teacher's LogitForm."""
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, *teacher)
-        ctx.forms, ctx.kind, ctx.beta = forms, kind, beta
-        student = (hidden_TD, operand(weight_VD, forms[0]), bias_V)
-        teacher = (teacher[0], operand(teacher[1], forms[1]), teacher[2])
-        values = []
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for rows in chunks(len(hidden_TD)):
-                logs_XV = _chunk_log_softmax(student, rows, forms[0])
-                logt_XV = _chunk_log_softmax(teacher, rows, forms[1])
-                values.append(_KINDS[kind](logs_XV, logt_XV, beta, None))
-        return torch.cat(values)
+    def forward(ctx, hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T, call):
+        inputs = Inputs(hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T)
+        value_T, *tables = _forward(inputs, call)
+        ctx.save_for_backward(*inputs, *tables)
+        ctx.call = call
+        return value_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_value_T):
-        hidden_TD, weight_VD, bias_V, *teacher = ctx.saved_tensors
-        form, teacher_form = ctx.forms
-        weight = operand(weight_VD, form)
-        teacher = (teacher[0], operand(teacher[1], teacher_form), teacher[2])
-        gradients = Gradients((hidden_TD, weight_VD, bias_V), ctx.needs_input_grad, form)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for rows in chunks(len(hidden_TD)):
-                hidden_XD = operand(hidden_TD[rows], form)
-                logits_XV = chunk_logits(hidden_XD, weight, bias_V, form)
-                slope = chunk_slope(logits_XV, form)
-                logs_XV = _log_softmax(logits_XV, bias_V is not None)
-                logt_XV = _chunk_log_softmax(teacher, rows, teacher_form)
-                d_XV = _KINDS[ctx.kind](logs_XV, logt_XV, ctx.beta, d_value_T[rows])
-                gradients.add(rows, d_XV, slope, hidden_XD, weight)
-        return *gradients.cast(), None, None, None, None
+        inputs, tables = Inputs(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        needed = needed_gradients(ctx, inputs.bias_V is not None)
+        return *_backward(inputs, tables, d_value_T, needed, ctx.call), *[None] * 5
 
 
-def _chunk_log_softmax(side: tuple[Tensor, Tensor, Tensor | None], rows: slice, form: LogitForm) -> Tensor:
-    hidden, weight, bias_V = side
-    return _log_softmax(chunk_logits(operand(hidden[rows], form), weight, bias_V, form), bias_V is not None)
-
-
-# The one place where a device's kernel enters: the Triton kernel replaces the "cuda" entry, which until then is this
-# same chunked path on the vendor's matrix products.
-_IMPLEMENTATIONS = {"cpu": _ChunkedDivergence.apply, "cuda": _ChunkedDivergence.apply}
+# ---- The public functions ----
 
 
 def linear_divergence(
@@ -195,176 +355,32 @@ def linear_divergence(
     softcap: float | None = None,
     teacher_bias_V: Tensor | None = None,
     teacher_softcap: float | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    reduce_d_hidden: bool = True,
 ) -> Tensor:
     """Divergence of each token, differentiable in the student; the teacher, of any width, is a constant.
 
-    Tokens where `mask_T` is False are dropped before the products and yield 0. CPU and CUDA run the chunked torch path.
+    Tokens where `mask_T` is False yield 0. With `group`, both matrices are sharded alike (see `linear_logprob`).
+    CPU: torch, block by block, on the tokens of the mask. CUDA: the vendor's products of all tokens, Triton between them.
     """
-    _check_kind(kind, _KINDS)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected one of {list(KINDS)}")
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(f"beta is {beta}; jsd expects 0 < beta < 1: at the ends use kind='forward_kl' or 'reverse_kl'")
     check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
     check_head(teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, temperature, teacher_softcap)
-    sizes, teacher_sizes = (len(hidden_TD), len(weight_VD)), (len(teacher_hidden_TU), len(teacher_weight_VU))
-    if sizes != teacher_sizes:
+    if len(hidden_TD) != len(teacher_hidden_TU) or len(weight_VD) != len(teacher_weight_VU):
+        sizes, teacher_sizes = (len(hidden_TD), len(weight_VD)), (len(teacher_hidden_TU), len(teacher_weight_VU))
         raise ValueError(f"the teacher has (T, V) = {teacher_sizes}; expected the student's {sizes}: share the tokenizer")
-    teacher = tuple(None if x is None else x.detach() for x in (teacher_hidden_TU, teacher_weight_VU, teacher_bias_V))
-    keep_T = _check_mask(mask_T, hidden_TD)
-    implementation = implementation_for(_IMPLEMENTATIONS, hidden_TD)
-    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V, *teacher)
-    kept_TD, kept_teacher_TU, kept_T = drop_tokens(keep_T, hidden_TD, teacher_hidden_TU.detach())
-    if not len(kept_TD):
-        value_T = nothing((kept_TD, weight_VD, bias_V), dtype).expand(0)
-    else:
-        forms = (
-            LogitForm(temperature, softcap, hidden_TD.dtype, dtype),
-            LogitForm(temperature, teacher_softcap, teacher_hidden_TU.dtype, dtype),
-        )
-        value_T = implementation(kept_TD, weight_VD, bias_V, (kept_teacher_TU, *teacher[1:]), forms, kind, beta)
-    return restore_tokens(value_T, kept_T, len(hidden_TD))
-
-
-def _check_kind(kind: str, kinds: dict) -> None:
-    if kind not in kinds:
-        raise ValueError(f"kind is {kind!r}; expected one of {list(kinds)}")
-
-
-def _check_mask(mask_T: Tensor | None, hidden_TD: Tensor) -> Tensor:
-    if mask_T is None:
-        return torch.ones(len(hidden_TD), dtype=torch.bool, device=hidden_TD.device)
-    if mask_T.dtype != torch.bool or mask_T.shape != hidden_TD.shape[:1]:
-        received = f"{mask_T.dtype} of shape {tuple(mask_T.shape)}"
-        raise ValueError(f"mask is {received}; expected bool of shape ({len(hidden_TD)},), True where a token counts")
-    return mask_T
-
-
-@torch.no_grad()
-def linear_topk(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    k: int,
-    *,
-    temperature: float = 1.0,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k most probable ids of each token and their log-probabilities (over the whole vocabulary), best first.
-
-    Makes the caches of `linear_topk_divergence`: a constant, without gradient.
-    """
-    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
-    if not 1 <= k <= len(weight_VD):
-        raise ValueError(f"k is {k}; expected 1 to the vocabulary's {len(weight_VD)}")
-    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V)
-    form = LogitForm(temperature, softcap, hidden_TD.dtype, dtype)
-    weight = operand(weight_VD, form)
-    ids_TC = torch.empty(len(hidden_TD), k, dtype=torch.int64, device=hidden_TD.device)
-    logprobs_TC = torch.empty(len(hidden_TD), k, dtype=dtype, device=hidden_TD.device)
-    with torch.autocast(hidden_TD.device.type, enabled=False):
-        for rows in chunks(len(hidden_TD)):
-            logp_XV = _chunk_log_softmax((hidden_TD, weight, bias_V), rows, form)
-            logprobs_TC[rows], ids_TC[rows] = logp_XV.topk(k, dim=1)
-    return ids_TC, logprobs_TC
-
-
-def _log_complement(logp_TC: Tensor) -> Tensor:
-    """log(1 − Σ exp), the bucket of everything else, no lower than the dtype can tell from 0."""
-    limit = 1.0 - torch.finfo(logp_TC.dtype).eps
-    return torch.log1p(-logp_TC.exp().sum(1, keepdim=True).clamp(max=limit))
-
-
-def _with_bucket(logp_TC: Tensor) -> Tensor:
-    return torch.cat([logp_TC, _log_complement(logp_TC)], dim=1)
-
-
-def _renormalised(logp_TC: Tensor) -> Tensor:
-    return logp_TC - logp_TC.logsumexp(1, keepdim=True)
-
-
-def _as_is(logp_TC: Tensor) -> Tensor:
-    return logp_TC
-
-
-# tail → (student's map, teacher's map) of the cached log-probabilities, per kind.
-_TAILS: dict[str, dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]] = {
-    "forward_kl": {
-        "bucket": (_with_bucket, _with_bucket),
-        "renormalise": (_as_is, _renormalised),
-        "ignore": (_as_is, _as_is),
-    },
-    "reverse_kl": {
-        "bucket": (_with_bucket, _with_bucket),
-        "renormalise": (_renormalised, _renormalised),
-        "ignore": (_as_is, _as_is),
-    },
-}
-
-
-def _topk_divergence(logs_TC: Tensor, topk_ids_TC: Tensor, topk_logprobs_TC: Tensor, kind: str, tail: str) -> Tensor:
-    """Arithmetic on the student's log-probabilities of the cached ids; padding (-100) counts as probability 0."""
-    _check_kind(kind, _TAILS)
-    if tail not in _TAILS[kind]:
-        raise ValueError(f"tail is {tail!r}; expected one of {list(_TAILS[kind])}")
-    floor = torch.finfo(logs_TC.dtype).min / 4
-    is_padding_TC = topk_ids_TC == _IGNORED
-    student_map, teacher_map = _TAILS[kind][tail]
-    logs = student_map(logs_TC.masked_fill(is_padding_TC, floor))
-    logt = teacher_map(topk_logprobs_TC.detach().to(logs_TC.dtype).masked_fill(is_padding_TC, floor).clamp(min=floor))
-    log_p, log_q = (logt, logs) if kind == "forward_kl" else (logs, logt)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def linear_topk_divergence_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    topk_ids_TC: Tensor,
-    topk_logprobs_TC: Tensor,
-    *,
-    kind: str = "forward_kl",
-    tail: str = "bucket",
-    temperature: float = 1.0,
-    mask_T: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """The same divergence from the student's full softmax."""
-    logs_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap).log_softmax(-1)
-    is_padding_TC = topk_ids_TC == _IGNORED
-    logs_TC = logs_TV.gather(1, topk_ids_TC.clamp(min=0)).masked_fill(is_padding_TC, -torch.inf)
-    logt_TC = topk_logprobs_TC.to(logs_TC.dtype).masked_fill(is_padding_TC, -torch.inf)
-    if tail == "bucket":
-        logs_TC, logt_TC = (torch.cat([x, (1 - x.exp().sum(1, keepdim=True)).log()], 1) for x in (logs_TC, logt_TC))
-    if tail == "renormalise":
-        logt_TC = logt_TC.log_softmax(1)
-        logs_TC = logs_TC.log_softmax(1) if kind == "reverse_kl" else logs_TC
-    value_T = _reference_kl(logt_TC, logs_TC) if kind == "forward_kl" else _reference_kl(logs_TC, logt_TC)
-    return value_T if mask_T is None else value_T.masked_fill(~mask_T, 0.0)
-
-
-def linear_topk_divergence(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    topk_ids_TC: Tensor,
-    topk_logprobs_TC: Tensor,
-    *,
-    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl",
-    tail: Literal["bucket", "renormalise", "ignore"] = "bucket",
-    temperature: float = 1.0,
-    mask_T: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Divergence of each token from a teacher known by its k largest log-probabilities, differentiable in the student.
-
-    The temperature divides the student's logits; the cache holds the teacher's at the same temperature, already. A
-    cache is padded with id -100; a token of padding only, or with `mask_T` False, is dropped and yields 0.
-    """
-    if topk_ids_TC.dim() != 2 or topk_ids_TC.shape != topk_logprobs_TC.shape:
-        shapes = f"{tuple(topk_ids_TC.shape)} and {tuple(topk_logprobs_TC.shape)}"
-        raise ValueError(f"the cache's ids and log-probabilities have shapes {shapes}; expected [T, C] twice")
-    keep_T = _check_mask(mask_T, hidden_TD) & (topk_ids_TC != _IGNORED).any(1)
-    kept_TD, ids_TC, logprobs_TC, kept_T = drop_tokens(keep_T, hidden_TD, topk_ids_TC, topk_logprobs_TC)
-    stats = linear_logprob(
-        kept_TD, weight_VD, ids_TC, bias_V=bias_V, temperature=temperature, softcap=softcap, ignore_index=_IGNORED
-    )
-    return restore_tokens(_topk_divergence(stats.logprob_T, ids_TC, logprobs_TC, kind, tail), kept_T, len(hidden_TD))
+    check_mask(mask_T, hidden_TD)
+    shard = shard_of(weight_VD, group, vocab_start, vocab_size)
+    teacher = (None if x is None else x.detach() for x in (teacher_hidden_TU, teacher_weight_VU, teacher_bias_V))
+    tensors = (hidden_TD, weight_VD, bias_V, *teacher, mask_T)
+    beta = beta if kind == "jsd" else 0.5
+    if torch.compiler.is_compiling():
+        options = (temperature, softcap, teacher_softcap, *shard, reduce_d_hidden)
+        return _divergence_op(*tensors, kind, beta, *options)[0]
+    call = Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, shard, reduce_d_hidden)
+    return _LinearDivergence.apply(*tensors, call)

@@ -7,34 +7,32 @@
     entropy = −Σ p log p             d/dz = −p (log p + entropy)
     sum_p2  = Σ p²                   d/dz = 2 p (p − sum_p2)
     mean_logit = Σ z / V             d/dz = 1 / V
-  so every upstream gradient gives d_z = p (a + b log p + c p) + const + scatter(target), a, b, c per token.
-  Cross-entropy is arithmetic on top, with torch's label smoothing ε:
+  so every upstream gradient gives d_z = p (a + b log p + c p) + k + scatter(target), a, b, c, k per token: one gradient
+  step serves all. Cross-entropy is arithmetic on top, with torch's label smoothing ε:
     loss = −(1 − ε) logprob + ε (lse − mean_logit) + z_loss lse²
 **Shapes** hidden [T, D], weight [V, D], bias [V], target [T] or [T, C]; every statistic [T] (logprob as target).
-**Dtypes** Products round their operands to `product_dtype` (default: hidden's) and accumulate in fp32; logits,
-  statistics and the sum of d_weight are fp64 if any input is fp64, else fp32; gradients are cast once, to their input's.
-**Traffic** 2TDV FLOPs forward and 6TDV backward (one product recomputes the logits); cross-entropy with "mean" or
-  "sum" forms its gradients in the forward pass: 6TDV in all. Each product that no input needs is skipped. Largest
-  buffer: TOKENS_PER_CHUNK × V, or V × D for the gradient of the matrix; never T × V.
+**Dtypes** Products round their operands to `product_dtype` (default: hidden's) and accumulate in fp32; logits, statistics
+  and sums of gradients are fp64 if any input is fp64, else fp32; gradients are cast once, to their input's dtype.
+**Traffic** 2TDV FLOPs forward and 6TDV backward (one product makes the logits again); cross-entropy with "mean" or "sum" on
+  one rank forms its gradients in the forward pass: 6TDV in all. A product whose result nobody needs is not computed, also
+  where a pipeline schedule asks for the two gradients apart. Memory: see `vocabulary_sweep`.
 **Source** Cut Cross-Entropy, arXiv 2411.09009 (no stored logits); Liger-Kernel, arXiv 2410.10989 (gradient in forward).
-**Limits** One device holds the whole vocabulary. First derivatives only. Dropping ignored tokens and checking targets
-  each read the device once per call. bf16 and fp16 products run in fp32 on operands rounded to that type: torch's CPU
-  products do not return their fp32 accumulator.
+**Limits** First derivatives only. A target outside the vocabulary is refused on the CPU, with its position; on CUDA, where
+  finding it would read the device, its log-probability is −inf and nothing outside the matrix is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Cross-entropy forward and backward, fp32, 2 CPU cores, 2026-11-23, median ms for chunks of 128/256/512/1024/2048 tokens:
-# T=4096 D=128 V=2048: 99/81/90/73/83 (torch's full logits 140); T=2048 D=1024 V=32768: 4681/4024/3740/3598/5061 (4270).
-TOKENS_PER_CHUNK = 1024
+from .logit_block import LogitMap, Side, Wanted, logits_of
+from .token_statistics import Call, Inputs, LossTerms, Upstream, backward, cross_entropy_with_gradients, forward
+from .vocabulary_sweep import Shard, statistic_dtype
 
 
 class TokenStats(NamedTuple):
@@ -46,32 +44,6 @@ class TokenStats(NamedTuple):
     argmax_T: Tensor | None = None
     sum_p2_T: Tensor | None = None
     mean_logit_T: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LogitForm:
-    """How logits are made of hidden states: the map, and the dtypes of its products and of everything after them."""
-
-    temperature: float
-    softcap: float | None
-    product_dtype: torch.dtype
-    statistic_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    entropy: bool = False
-    argmax: bool = False
-    sum_p2: bool = False
-    mean_logit: bool = False
-
-
-@dataclass(frozen=True)
-class _LossTerms:
-    z_loss: float
-    label_smoothing: float
-    scale: float
-    is_recorded: bool  # autograd does not tell a Function's forward that it runs under no_grad
 
 
 def linear_logprob_reference(
@@ -90,10 +62,10 @@ def linear_logprob_reference(
     target_TC = target_T if target_T.dim() == 2 else target_T[:, None]
     ignored_TC = target_TC == ignore_index
     dropped_T = ignored_TC.all(-1)
-    logprob_TC = logp_TV.gather(1, target_TC.masked_fill(ignored_TC, 0)).masked_fill(ignored_TC, 0.0)
+    logprob_TC = logp_TV.gather(1, target_TC.masked_fill(ignored_TC, 0).long()).masked_fill(ignored_TC, 0.0)
     stats = (
         logits_TV.logsumexp(-1),
-        -(logp_TV.exp() * logp_TV.clamp(min=torch.finfo(logp_TV.dtype).min)).sum(-1),
+        -(logp_TV.exp() * logp_TV).sum(-1),
         logits_TV.argmax(-1),
         logp_TV.exp().square().sum(-1),
         logits_TV.mean(-1),
@@ -117,7 +89,7 @@ def linear_cross_entropy_reference(
     logits_TV = reference_logits(hidden_TD, weight_VD, bias_V, 1.0, softcap)
     counted_T = target_T != ignore_index
     loss_T = torch.nn.functional.cross_entropy(
-        logits_TV, target_T, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        logits_TV, target_T.long(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
     loss_T = loss_T + z_loss * logits_TV.logsumexp(-1).square() * counted_T
     if reduction == "none":
@@ -129,241 +101,199 @@ def reference_logits(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
 ) -> Tensor:
     """The logits of the whole batch, in the statistics' dtype: for references only."""
-    inputs = [x for x in (hidden_TD, weight_VD, bias_V) if x is not None]
-    dtype = statistic_dtype(*inputs)
-    logits_TV = torch.nn.functional.linear(*(x.to(dtype) for x in inputs))
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    return logits_TV / temperature
+    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V)
+    product_TV = torch.nn.functional.linear(hidden_TD.to(dtype), weight_VD.to(dtype))
+    return logits_of(Side(product_TV, bias_V, LogitMap(temperature, softcap)))
 
 
-# The chunked implementation: logits of a chunk of tokens at a time, its buffers reused in place.
+# ---- The registered operators, for compiled callers: plain values in, empty tensors for what is None ----
 
 
-def statistic_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """fp64 if any input is fp64, else fp32."""
-    is_double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-    return torch.float64 if is_double else torch.float32
+@torch.library.custom_op("warpline::linear_logprob", mutates_args=())
+def _linear_logprob_op(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_TC: Tensor, temperature: float, softcap: float | None,
+    ignore_index: int, wanted: list[bool], product_dtype: torch.dtype | None, vocab_start: int, vocab_size: int,
+    group_name: str | None, reduce_d_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shard = Shard(vocab_start, vocab_size, group_name)
+    call = Call(temperature, softcap, ignore_index, Wanted(*wanted), product_dtype, shard, reduce_d_hidden)
+    return forward(Inputs(hidden_TD, weight_VD, bias_V, target_TC), call)  # type: ignore[return-value]
 
 
-def operand(x: Tensor, form: LogitForm) -> Tensor:
-    """x as a product takes it: rounded to the product's dtype, stored in the dtype the product accumulates in."""
-    rounded = x.to(form.product_dtype)
-    return rounded.float() if form.product_dtype.itemsize < 4 else rounded
+@_linear_logprob_op.register_fake
+def _(hidden_TD, weight_VD, bias_V, target_TC, temperature, softcap, ignore_index, wanted, *rest):
+    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V)
+    per_token = hidden_TD.new_empty(target_TC.shape[0], dtype=dtype)
+    none = per_token.new_empty(0)
+    entropy, argmax, sum_p2, mean_logit = (torch.empty_like(per_token) if asked else none.clone() for asked in wanted)
+    whole = (torch.empty_like(per_token) for _ in range(3))
+    return (
+        per_token.new_empty(target_TC.shape), next(whole), entropy, argmax.long(), sum_p2, mean_logit, next(whole), next(whole)
+    )  # fmt: skip
 
 
-def add_product(sum_VD: Tensor, left_VT: Tensor, right_TD: Tensor) -> None:
-    """sum += left right, in place, in the sum's dtype."""
-    if left_VT.dtype == sum_VD.dtype:
-        sum_VD.addmm_(left_VT, right_TD)
-    else:
-        sum_VD.add_(left_VT @ right_TD)
+@torch.library.custom_op("warpline::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward_op(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_TC: Tensor, max_T: Tensor, log_sum_T: Tensor,
+    entropy_T: Tensor, sum_p2_T: Tensor, d_logprob_TC: Tensor | None, d_lse_T: Tensor | None, d_entropy_T: Tensor | None,
+    d_sum_p2_T: Tensor | None, d_mean_T: Tensor | None, needed: list[bool], temperature: float, softcap: float | None,
+    ignore_index: int, wanted: list[bool], product_dtype: torch.dtype | None, vocab_start: int, vocab_size: int,
+    group_name: str | None, reduce_d_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shard = Shard(vocab_start, vocab_size, group_name)
+    call = Call(temperature, softcap, ignore_index, Wanted(*wanted), product_dtype, shard, reduce_d_hidden)
+    inputs, saved = Inputs(hidden_TD, weight_VD, bias_V, target_TC), (max_T, log_sum_T, entropy_T, sum_p2_T)
+    upstream = Upstream(d_logprob_TC, d_lse_T, d_entropy_T, d_sum_p2_T, d_mean_T)
+    gradients = backward(inputs, saved, upstream, (needed[0], needed[1], needed[2]), call)
+    return tuple(hidden_TD.new_empty(0) if d is None else d for d in gradients)  # type: ignore[return-value]
 
 
-def chunk_logits(hidden_XD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: LogitForm) -> Tensor:
-    """Logits of one chunk; both operands already went through `operand`."""
-    logits_XV = (hidden_XD @ weight_VD.t()).to(form.statistic_dtype)
-    if bias_V is not None:
-        logits_XV.add_(bias_V)
-    if form.softcap is not None:
-        logits_XV.div_(form.softcap).tanh_().mul_(form.softcap)
-    return logits_XV if form.temperature == 1.0 else logits_XV.div_(form.temperature)
+@_linear_logprob_backward_op.register_fake
+def _(hidden_TD, weight_VD, bias_V, *rest):
+    needed = rest[10]
+    pairs = zip((hidden_TD, weight_VD, bias_V), needed, strict=True)
+    return tuple(x.new_empty(x.shape) if x is not None and asked else hidden_TD.new_empty(0) for x, asked in pairs)
 
 
-def chunk_slope(logits_XV: Tensor, form: LogitForm) -> Tensor | float:
-    """d logits / d product, taken before the logits are overwritten: a number unless there is a softcap."""
-    if form.softcap is None:
-        return 1.0 / form.temperature
-    capped_XV = logits_XV * (form.temperature / form.softcap)
-    return capped_XV.square_().neg_().add_(1.0).div_(form.temperature)
+def _save_for_op(ctx, inputs, output):
+    hidden_TD, weight_VD, bias_V, target_TC, *ctx.options = inputs
+    _, _, entropy_T, argmax_T, sum_p2_T, _, max_T, log_sum_T = output
+    ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_TC, max_T, log_sum_T, entropy_T, sum_p2_T)
+    ctx.mark_non_differentiable(argmax_T, max_T, log_sum_T)
+    ctx.set_materialize_grads(False)
 
 
-def chunks(num_tokens: int) -> Iterator[slice]:
-    return (slice(i, min(i + TOKENS_PER_CHUNK, num_tokens)) for i in range(0, num_tokens, TOKENS_PER_CHUNK))
+def _backward_of_op(ctx, d_logprob, d_lse, d_entropy, d_argmax, d_sum_p2, d_mean, d_max, d_log_sum):
+    options = ctx.options
+    wanted = options[3]
+    upstream = (d_logprob, d_lse, d_entropy if wanted[0] else None, d_sum_p2 if wanted[2] else None, d_mean if wanted[3] else None)
+    needed = [bool(asked) for asked in ctx.needs_input_grad[:3]]
+    gradients = _linear_logprob_backward_op(*ctx.saved_tensors, *upstream, needed, *options)
+    return *(d if asked else None for d, asked in zip(gradients, needed, strict=True)), *[None] * (1 + len(options))
 
 
-class Gradients:
-    """Gradients of hidden states, matrix and bias, gathered chunk by chunk; only those that are needed."""
-
-    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], needed: tuple[bool, ...], form: LogitForm) -> None:
-        self.inputs, self.form = inputs, form
-        hidden_TD, weight_VD, bias_V = inputs
-        self.d_hidden_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format) if needed[0] else None
-        self.d_weight_VD = torch.zeros_like(weight_VD, dtype=form.statistic_dtype) if needed[1] else None
-        self.d_bias_V = None
-        if needed[2] and bias_V is not None:
-            self.d_bias_V = torch.zeros_like(bias_V, dtype=form.statistic_dtype)
-
-    def add(self, rows: slice, d_logits_XV: Tensor, slope: Tensor | float, hidden_XD: Tensor, weight_VD: Tensor):
-        """Takes one chunk's gradient of the logits (overwritten) back through the softcap and the product."""
-        if isinstance(slope, Tensor) or slope != 1.0:
-            d_logits_XV.mul_(slope)
-        if self.d_bias_V is not None:
-            self.d_bias_V.add_(d_logits_XV.sum(0))
-        d_product_XV = operand(d_logits_XV, self.form)
-        if self.d_hidden_TD is not None:
-            self.d_hidden_TD[rows] = d_product_XV @ weight_VD
-        if self.d_weight_VD is not None:
-            add_product(self.d_weight_VD, d_product_XV.t(), hidden_XD)
-
-    def cast(self) -> tuple[Tensor | None, ...]:
-        sums = (self.d_hidden_TD, self.d_weight_VD, self.d_bias_V)
-        return tuple(d if d is None or x is None else d.to(x.dtype) for d, x in zip(sums, self.inputs, strict=True))
+_linear_logprob_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
 
 
-def centre_logits(logits_XV: Tensor, has_bias: bool) -> Tensor:
-    """Subtracts each row's maximum in place and returns it. A bias of −inf is made finite, so that 0 · log 0 = 0."""
-    max_X = logits_XV.amax(1)
-    logits_XV.sub_(max_X[:, None])
-    if has_bias:
-        logits_XV.clamp_(min=torch.finfo(logits_XV.dtype).min / 4)
-    return max_X
+@torch.library.custom_op("warpline::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy_op(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_TC: Tensor, needed: list[bool], softcap: float | None,
+    ignore_index: int, product_dtype: torch.dtype | None, vocab_size: int, z_loss: float, label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call = Call(1.0, softcap, ignore_index, Wanted(mean_logit=label_smoothing != 0.0), product_dtype, Shard(0, vocab_size))
+    inputs, terms = Inputs(hidden_TD, weight_VD, bias_V, target_TC), LossTerms(z_loss, label_smoothing)
+    loss, *gradients = cross_entropy_with_gradients(inputs, (needed[0], needed[1], needed[2]), call, terms)
+    dtypes = (x.dtype if x is not None else loss.dtype for x in inputs[:3])
+    return loss, *(loss.new_empty(0) if d is None else d.to(dtype) for d, dtype in zip(gradients, dtypes, strict=True))
 
 
-def _chunk_statistics(logits_XV: Tensor, target_XC: Tensor, has_bias: bool, wanted: _Wanted) -> tuple[Any, ...]:
-    """Statistics of one chunk as in TokenStats, then the maximum and log Σ exp(z − max); overwrites the logits."""
-    argmax_X = logits_XV.argmax(1) if wanted.argmax else None
-    mean_X = logits_XV.mean(1) if wanted.mean_logit else None
-    max_X = centre_logits(logits_XV, has_bias)
-    picked_XC = logits_XV.gather(1, target_XC.clamp(min=0))
-    exp_XV = logits_XV.exp() if wanted.entropy else logits_XV.exp_()
-    sum_X = exp_XV.sum(1)
-    log_sum_X = sum_X.log()
-    entropy_X = log_sum_X - logits_XV.mul_(exp_XV).sum(1) / sum_X if wanted.entropy else None
-    sum_p2_X = exp_XV.square_().sum(1) / sum_X.square() if wanted.sum_p2 else None
-    logprob_XC = (picked_XC - log_sum_X[:, None]).masked_fill_(target_XC < 0, 0.0)
-    return logprob_XC, max_X + log_sum_X, entropy_X, argmax_X, sum_p2_X, mean_X, max_X, log_sum_X
+@_linear_cross_entropy_op.register_fake
+def _(hidden_TD, weight_VD, bias_V, target_TC, needed, *rest):
+    loss = hidden_TD.new_empty((), dtype=statistic_dtype(hidden_TD, weight_VD, bias_V))
+    pairs = zip((hidden_TD, weight_VD, bias_V), needed, strict=True)
+    return loss, *(x.new_empty(x.shape) if x is not None and asked else loss.new_empty(0) for x, asked in pairs)
 
 
-class _ChunkedStatistics(torch.autograd.Function):
-    """Saves the inputs and a few numbers per token; the backward makes each chunk's logits again."""
+def _save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.needed, ctx.num_inputs = inputs[4], len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx, d_loss, *_):
+    scaled = (d * d_loss.to(d.dtype) if asked else None for d, asked in zip(ctx.saved_tensors, ctx.needed, strict=True))
+    return *scaled, *[None] * (ctx.num_inputs - 3)
+
+
+_linear_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+# ---- Autograd, for eager callers ----
+
+
+def needed_gradients(ctx, has_bias: bool) -> tuple[bool, bool, bool]:
+    """Which of d_hidden, d_weight, d_bias this backward pass has a use for.
+
+    `needs_input_grad` says what requires a gradient at all. A schedule that asks for the inputs' and the weights' gradients in
+    two passes runs this node in both, and what the engine will not use is not computed. Hidden states, matrix and bias
+    are the Function's first three arguments; an absent bias has no edge.
+    """
+    edges = [node for node, _ in ctx.next_functions]
+    used = [asked and _engine_uses(edges[index]) for index, asked in enumerate(ctx.needs_input_grad[:2])]
+    return used[0], used[1], has_bias and ctx.needs_input_grad[2] and _engine_uses(edges[2])
+
+
+def _engine_uses(node: Any) -> bool:
+    """Whether the running backward pass executes or captures this node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient torch.autograd.grad captures (torch 2.11 to 2.13)
+        return True
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Saves the inputs and a few numbers per token."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, target_TC, form, wanted):
-        weight = operand(weight_VD, form)
-        pieces = []
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for rows in chunks(len(hidden_TD)):
-                logits_XV = chunk_logits(operand(hidden_TD[rows], form), weight, bias_V, form)
-                pieces.append(_chunk_statistics(logits_XV, target_TC[rows], bias_V is not None, wanted))
-        stats = [None if column[0] is None else torch.cat(column) for column in zip(*pieces, strict=True)]
-        logprob_TC, lse_T, entropy_T, argmax_T, sum_p2_T, mean_T, max_T, log_sum_T = stats
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_TC, entropy_T, sum_p2_T, max_T, log_sum_T)
-        ctx.form = form
+    def forward(ctx, hidden_TD, weight_VD, bias_V, target_TC, call):
+        values = forward(Inputs(hidden_TD, weight_VD, bias_V, target_TC), call)
+        _, _, entropy_T, argmax_T, sum_p2_T, _, max_T, log_sum_T = values
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_TC, max_T, log_sum_T, entropy_T, sum_p2_T)
+        ctx.call = call
+        ctx.mark_non_differentiable(argmax_T, max_T, log_sum_T)
         ctx.set_materialize_grads(False)
-        if argmax_T is not None:
-            ctx.mark_non_differentiable(argmax_T)
-        return logprob_TC, lse_T, entropy_T, argmax_T, sum_p2_T, mean_T
+        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprob_TC, d_lse_T, d_entropy_T, _d_argmax_T, d_sum_p2_T, d_mean_T):
-        hidden_TD, weight_VD, bias_V, target_TC, entropy_T, sum_p2_T, max_T, log_sum_T = ctx.saved_tensors
-        form = ctx.form
-        # d_z = e (a + b (z − max) + c e) + d_mean / V + scatter(d_logprob), where e = exp(z − max) and p = e / Σe.
-        a_T = torch.zeros_like(max_T) if d_lse_T is None else d_lse_T.clone()
-        b_T = c_T = None
-        if d_logprob_TC is not None:
-            d_logprob_TC = d_logprob_TC.masked_fill(target_TC < 0, 0.0)
-            a_T -= d_logprob_TC.sum(1)
-        if d_entropy_T is not None:
-            a_T += d_entropy_T * (log_sum_T - entropy_T)
-            b_T = -d_entropy_T / log_sum_T.exp()
-        if d_sum_p2_T is not None:
-            a_T -= 2 * d_sum_p2_T * sum_p2_T
-            c_T = 2 * d_sum_p2_T / (2 * log_sum_T).exp()
-        a_T /= log_sum_T.exp()
-        weight = operand(weight_VD, form)
-        gradients = Gradients((hidden_TD, weight_VD, bias_V), ctx.needs_input_grad, form)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for rows in chunks(len(hidden_TD)):
-                hidden_XD = operand(hidden_TD[rows], form)
-                d_XV = chunk_logits(hidden_XD, weight, bias_V, form)
-                slope = chunk_slope(d_XV, form)
-                d_XV.sub_(max_T[rows, None])
-                if b_T is None:
-                    factor = a_T[rows, None]
-                else:
-                    centred_XV = d_XV.clamp(min=torch.finfo(d_XV.dtype).min / 4)
-                    factor = centred_XV.mul_(b_T[rows, None]).add_(a_T[rows, None])
-                d_XV.exp_()
-                if c_T is not None:
-                    factor = factor + d_XV * c_T[rows, None]
-                d_XV.mul_(factor)
-                if d_mean_T is not None:
-                    d_XV.add_(d_mean_T[rows, None] / len(weight_VD))
-                if d_logprob_TC is not None:
-                    d_XV.scatter_add_(1, target_TC[rows].clamp(min=0), d_logprob_TC[rows])
-                gradients.add(rows, d_XV, slope, hidden_XD, weight)
-        return *gradients.cast(), None, None, None
+    def backward(ctx, d_logprob, d_lse, d_entropy, _d_argmax, d_sum_p2, d_mean, _d_max, _d_log_sum):
+        inputs, saved = Inputs(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        upstream = Upstream(d_logprob, d_lse, d_entropy, d_sum_p2, d_mean)
+        needed = needed_gradients(ctx, inputs.bias_V is not None)
+        return *backward(inputs, saved, upstream, needed, ctx.call), None, None
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss and its gradients in one pass; the backward only scales them by the upstream number."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses and its gradients in one pass; the backward only scales them by the upstream number."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, target_T, form, terms):
-        inputs = (hidden_TD, weight_VD, bias_V)
-        needed = tuple(is_needed and terms.is_recorded for is_needed in ctx.needs_input_grad)
-        gradients = Gradients(inputs, needed, form)
-        weight = operand(weight_VD, form)
-        smoothing = terms.label_smoothing
-        loss = torch.zeros((), dtype=form.statistic_dtype, device=hidden_TD.device)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            for rows in chunks(len(hidden_TD)):
-                hidden_XD, target_X1 = operand(hidden_TD[rows], form), target_T[rows, None]
-                logits_XV = chunk_logits(hidden_XD, weight, bias_V, form)
-                slope = chunk_slope(logits_XV, form) if any(needed) else 1.0
-                mean_X = logits_XV.mean(1) if smoothing else 0.0
-                max_X = centre_logits(logits_XV, bias_V is not None)
-                picked_X = logits_XV.gather(1, target_X1)[:, 0]
-                sum_X = logits_XV.exp_().sum(1)
-                log_sum_X = sum_X.log()
-                lse_X = max_X + log_sum_X
-                loss_X = (1 - smoothing) * (log_sum_X - picked_X) + smoothing * (lse_X - mean_X)
-                loss += (loss_X + terms.z_loss * lse_X.square()).sum()
-                if not any(needed):
-                    continue
-                d_lse_X = (1.0 + 2.0 * terms.z_loss * lse_X) * terms.scale
-                d_XV = logits_XV.mul_((d_lse_X / sum_X)[:, None])
-                if smoothing:
-                    d_XV.sub_(smoothing * terms.scale / len(weight_VD))
-                d_XV.scatter_add_(1, target_X1, d_XV.new_full(target_X1.shape, (smoothing - 1.0) * terms.scale))
-                gradients.add(rows, d_XV, slope, hidden_XD, weight)
-        ctx.save_for_backward(gradients.d_hidden_TD, gradients.d_weight_VD, gradients.d_bias_V)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return loss * terms.scale
+    def forward(ctx, hidden_TD, weight_VD, bias_V, target_TC, call, terms, is_recorded):
+        needed = tuple(asked and is_recorded for asked in ctx.needs_input_grad[:3])
+        inputs = Inputs(hidden_TD, weight_VD, bias_V, target_TC)
+        loss, *gradients = cross_entropy_with_gradients(inputs, needed, call, terms)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if d is None else (d * d_loss).to(dtype) for d, dtype in pairs), None, None, None
+        return *(None if d is None else scaled(d, d_loss, dtype) for d, dtype in pairs), None, None, None, None
 
 
-class _Implementation(NamedTuple):
-    statistics: Callable[..., tuple[Tensor | None, ...]]
-    cross_entropy: Callable[..., Tensor]
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x · factor, cast once."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
-# The one place where a device's kernels enter: the Triton kernels replace the "cuda" entry, which until then is this
-# same chunked path on the vendor's matrix products.
-_CHUNKED = _Implementation(_ChunkedStatistics.apply, _ChunkedCrossEntropy.apply)
-_IMPLEMENTATIONS: dict[str, _Implementation] = {"cpu": _CHUNKED, "cuda": _CHUNKED}
-
-
-def implementation_for(table: dict[str, Any], x: Tensor) -> Any:
-    """The table's entry for x's device."""
-    if x.device.type not in table:
-        raise ValueError(f"no implementation for device {x.device.type!r}; expected {sorted(table)}: move the inputs")
-    return table[x.device.type]
+# ---- The public functions ----
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> None:
-    """Refuses shapes and numbers that cannot be a softmax over a vocabulary."""
+    """Refuses what cannot be a softmax over a vocabulary, and a matrix that is sharded without the group being named."""
+    if hasattr(weight, "device_mesh") or hasattr(hidden, "device_mesh"):
+        remedy = (
+            "pass the matrix as the module's forward sees it under FSDP (compute the loss inside forward), .full_tensor(), or "
+            "under tensor parallelism .to_local() with group="
+        )
+        raise ValueError(f"hidden or weight is a DTensor, expected plain tensors; {remedy}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden and weight have shapes {shapes}; expected [T, D] and [V, D]: pack the tokens")
+    if hidden.device != weight.device or (bias is not None and bias.device != weight.device):
+        raise ValueError(f"hidden is on {hidden.device} and weight on {weight.device}; expected one device: move them")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({len(weight)},): one number per row of weight")
     if not temperature > 0:
@@ -372,18 +302,28 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature:
         raise ValueError(f"softcap is {softcap}; expected > 0, or None for no cap")
 
 
-def _check_target(target: Tensor, hidden: Tensor, num_entries: int, ignore_index: int) -> None:
+def shard_of(
+    weight_VD: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> Shard:
+    """This rank's part of the vocabulary: with neither start nor size, equal shares in rank order and no padding."""
+    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    if (vocab_start is None) != (vocab_size is None) and group is not None:
+        raise ValueError("one of vocab_start and vocab_size is missing; expected both or neither with a group: give the other too")
+    start = rank * len(weight_VD) if vocab_start is None else vocab_start
+    size = num_ranks * len(weight_VD) if vocab_size is None else vocab_size
+    if not 0 <= start or size < 1 or (group is None and (start != 0 or size > len(weight_VD))):
+        expected = "0 <= vocab_start, and without a group vocab_start 0 and vocab_size at most the matrix's rows"
+        raise ValueError(f"vocab_start is {start} and vocab_size {size} for {len(weight_VD)} rows; expected {expected}")
+    return Shard(start, size, None if group is None else group.group_name)
+
+
+def _checked_target(target: Tensor, hidden: Tensor) -> Tensor:
+    """As [T, C]."""
     if target.dtype not in (torch.int64, torch.int32) or target.dim() not in (1, 2) or len(target) != len(hidden):
         received = f"{target.dtype} of shape {tuple(target.shape)}"
         expected = f"int64 or int32 of shape ({len(hidden)},) or ({len(hidden)}, C)"
         raise ValueError(f"target is {received}; expected {expected}: one row of targets per hidden state")
-    is_bad = ((target < 0) | (target >= num_entries)) & (target != ignore_index)
-    if is_bad.any():
-        where = is_bad.nonzero()[0].tolist()
-        value = target[tuple(where)].item()
-        position = where[0] if len(where) == 1 else tuple(where)
-        remedy = f"expected 0 to {num_entries - 1}, or ignore_index {ignore_index}: check the tokenizer's size"
-        raise ValueError(f"target at position {position} is {value}; {remedy}")
+    return target if target.dim() == 2 else target[:, None]
 
 
 def linear_logprob(
@@ -400,55 +340,32 @@ def linear_logprob(
     sum_p2: bool = False,
     mean_logit: bool = False,
     product_dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    reduce_d_hidden: bool = True,
 ) -> TokenStats:
     """Log-probability of each target, and what else is asked for, differentiable (argmax aside), without full logits.
 
-    `target_T` may be [T, C]: then `logprob_T` is [T, C], and a token all of whose targets are ignored is dropped. CPU
-    and CUDA both run the chunked torch path. `product_dtype=torch.float32` is the fp32 head.
+    `target_T` [T] or [T, C] of ids in the whole vocabulary; `logprob_T` has its shape, and a token all of whose targets are
+    ignored is 0 everywhere. `product_dtype=torch.float32` is the fp32 head. With `group`, V is sharded over its ranks in
+    rank order (`vocab_start` is the id of this rank's first row, rows at or past `vocab_size` are padding): one all-gather of
+    a few numbers per token forward, one all-reduce of d_hidden backward, left out with `reduce_d_hidden=False`.
+    CPU: torch, block by block. CUDA: the vendor's products with Triton between them.
     """
     check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
-    _check_target(target_T, hidden_TD, len(weight_VD), ignore_index)
-    implementation = implementation_for(_IMPLEMENTATIONS, hidden_TD)
-    wanted = _Wanted(entropy, argmax, sum_p2, mean_logit)
-    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V)
-    form = LogitForm(temperature, softcap, product_dtype or hidden_TD.dtype, dtype)
-    target_TC = (target_T if target_T.dim() == 2 else target_T[:, None]).long()
-    target_TC = target_TC.masked_fill(target_TC == ignore_index, -1)
-    kept_TD, kept_target_TC, kept_T = drop_tokens((target_TC >= 0).any(1), hidden_TD, target_TC)
-    if len(kept_TD):
-        stats = implementation.statistics(kept_TD, weight_VD, bias_V, kept_target_TC, form, wanted)
+    target_TC = _checked_target(target_T, hidden_TD)
+    shard = shard_of(weight_VD, group, vocab_start, vocab_size)
+    wanted = Wanted(entropy, argmax, sum_p2, mean_logit)
+    if torch.compiler.is_compiling():
+        options = (temperature, softcap, ignore_index, list(wanted), product_dtype, *shard, reduce_d_hidden)
+        values = _linear_logprob_op(hidden_TD, weight_VD, bias_V, target_TC, *options)
     else:
-        stats = _empty_statistics((kept_TD, weight_VD, bias_V), kept_target_TC, dtype, wanted)
-    stats = [None if stat is None else restore_tokens(stat, kept_T, len(hidden_TD)) for stat in stats]
-    return TokenStats(stats[0].view(target_T.shape), *stats[1:])
-
-
-def drop_tokens(keep_T: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-    """The kept rows of each tensor, and their positions: None where all are kept, which copies nothing."""
-    if keep_T.all():
-        return *tensors, None
-    kept_T = keep_T.nonzero()[:, 0]
-    return *(x.index_select(0, kept_T) for x in tensors), kept_T
-
-
-def restore_tokens(values: Tensor, kept_T: Tensor | None, num_tokens: int) -> Tensor:
-    """Puts kept rows back among zeros."""
-    if kept_T is None:
-        return values
-    return values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, kept_T, values)
-
-
-def nothing(inputs: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
-    """The number 0, whose gradients with respect to the inputs are zeros rather than None."""
-    return torch.stack([x.narrow(0, 0, 0).sum(dtype=dtype) for x in inputs if x is not None]).sum()
-
-
-def _empty_statistics(inputs: tuple, target_TC: Tensor, dtype: torch.dtype, wanted: _Wanted) -> tuple[Any, ...]:
-    zero_TC = nothing(inputs, dtype).expand(target_TC.shape)
-    zero_T = nothing(inputs, dtype).expand(0)
-    asked = (wanted.entropy, wanted.argmax, wanted.sum_p2, wanted.mean_logit)
-    values = (zero_T, target_TC.new_zeros(0), zero_T, zero_T)
-    return zero_TC, zero_T, *(x if is_asked else None for x, is_asked in zip(values, asked, strict=True))
+        call = Call(temperature, softcap, ignore_index, wanted, product_dtype, shard, reduce_d_hidden)
+        values = _LinearLogprob.apply(hidden_TD, weight_VD, bias_V, target_TC, call)
+    logprob_TC, lse_T, entropy_T, argmax_T, sum_p2_T, mean_T, _, _ = values
+    asked = zip((entropy_T, argmax_T, sum_p2_T, mean_T), wanted, strict=True)
+    return TokenStats(logprob_TC.view(target_T.shape), lse_T, *(value if is_asked else None for value, is_asked in asked))
 
 
 def linear_cross_entropy(
@@ -463,37 +380,43 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
     product_dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    reduce_d_hidden: bool = True,
 ) -> Tensor:
     """Cross-entropy of hidden weightᵀ, without full logits; "mean" divides by the number of tokens not ignored.
 
-    `z_loss` adds z_loss · lse² per counted token. Over no tokens the loss is 0 with zero gradients. "mean" and "sum"
-    form their gradients in the forward pass. CPU and CUDA both run the chunked torch path.
+    `z_loss` adds z_loss · lse² per counted token. Over no tokens the loss is 0 with zero gradients. "mean" and "sum" on one
+    rank form their gradients in the forward pass; "none", and any reduction with a `group`, make the logits again in the
+    backward. Sharding and devices as in `linear_logprob`.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if target_T.dim() != 1:
         raise ValueError(f"target has shape {tuple(target_T.shape)}; expected [T]: linear_logprob takes [T, C]")
-    if reduction == "none":
+    if reduction != "none" and group is None:
+        check_head(hidden_TD, weight_VD, bias_V, 1.0, softcap)
+        shard = shard_of(weight_VD, None, vocab_start, vocab_size)
+        inputs = (hidden_TD, weight_VD, bias_V, _checked_target(target_T, hidden_TD))
+        if torch.compiler.is_compiling():
+            needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3]]
+            options = (needed, softcap, ignore_index, product_dtype, shard.size, z_loss, label_smoothing)
+            loss = _linear_cross_entropy_op(*inputs, *options)[0]
+        else:
+            wanted = Wanted(mean_logit=label_smoothing != 0.0)
+            call = Call(1.0, softcap, ignore_index, wanted, product_dtype, shard)
+            loss = _LinearCrossEntropy.apply(*inputs, call, LossTerms(z_loss, label_smoothing), torch.is_grad_enabled())
+    else:
         stats = linear_logprob(
-            hidden_TD,
-            weight_VD,
-            target_T,
-            bias_V=bias_V,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            mean_logit=label_smoothing != 0.0,
-            product_dtype=product_dtype,
-        )
+            hidden_TD, weight_VD, target_T, bias_V=bias_V, softcap=softcap, ignore_index=ignore_index,
+            mean_logit=label_smoothing != 0.0, product_dtype=product_dtype, group=group, vocab_start=vocab_start,
+            vocab_size=vocab_size, reduce_d_hidden=reduce_d_hidden,
+        )  # fmt: skip
         loss_T = (label_smoothing - 1.0) * stats.logprob_T + z_loss * stats.lse_T.square()
-        return loss_T if stats.mean_logit_T is None else loss_T + label_smoothing * (stats.lse_T - stats.mean_logit_T)
-    check_head(hidden_TD, weight_VD, bias_V, 1.0, softcap)
-    _check_target(target_T, hidden_TD, len(weight_VD), ignore_index)
-    implementation = implementation_for(_IMPLEMENTATIONS, hidden_TD)
-    dtype = statistic_dtype(hidden_TD, weight_VD, bias_V)
-    form = LogitForm(1.0, softcap, product_dtype or hidden_TD.dtype, dtype)
-    kept_TD, kept_target_T, _ = drop_tokens(target_T != ignore_index, hidden_TD, target_T.long())
-    if not len(kept_TD):
-        return nothing((kept_TD, weight_VD, bias_V), dtype)
-    scale = 1.0 / len(kept_TD) if reduction == "mean" else 1.0
-    terms = _LossTerms(z_loss, label_smoothing, scale, torch.is_grad_enabled())
-    return implementation.cross_entropy(kept_TD, weight_VD, bias_V, kept_target_T, form, terms)
+        if stats.mean_logit_T is not None:
+            loss_T = loss_T + label_smoothing * (stats.lse_T - stats.mean_logit_T)
+        loss = loss_T if reduction == "none" else loss_T.sum()
+    if reduction == "mean":
+        loss = loss / (target_T != ignore_index).sum().clamp(min=1)
+    return loss

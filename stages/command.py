@@ -21,7 +21,7 @@ from . import data, distill, evaluate, line, preference, pretrain, rl, sft
 from .parts.checkpoint import checkpoints, load_start, save_checkpoint
 from .parts.config import BadConfig, Config, load_config
 from .parts.progress import console
-from .parts.run import RunFolder, parse_line
+from .parts.run import RunFolder
 from .parts.session import NonFinite, Stopped, StopSignal
 from .release import export
 from .report import write_report
@@ -55,7 +55,7 @@ class Outcome:
             return
         reason, code = self._judge(error)
         if self.run is not None and (self.run.path / "config.json").exists():
-            self.run.end(reason, _last_step(self.run))
+            self.run.end(reason)
         if error is not None:
             raise SystemExit(code) from None
 
@@ -79,13 +79,6 @@ def _words(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the space left"
     return str(error)
-
-
-def _last_step(run: RunFolder) -> int:
-    """The step of the last whole line of metrics.jsonl."""
-    metrics = run.path / "metrics.jsonl"
-    records = [parse_line(line) for line in metrics.read_bytes().splitlines()[-2:]] if metrics.exists() else []
-    return next((record["step"] for record in reversed(records) if record is not None), 0)
 
 
 def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: list[str] | None, run_path: Path | None) -> None:

@@ -117,6 +117,7 @@ class Line:
             self.timed("release", lambda: release.main(self.config.release, self.run, self.checkpoints))
         scores = {score["stage"]: score for score in self.run.read_json("scores.json", [])}
         self.run.write_json("claims.json", claims(scores, self.config.claims))
+        self.run.end("done")  # before the report, which says so
 
 
 def main(config: LineConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> Path:

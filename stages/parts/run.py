@@ -86,7 +86,11 @@ class RunFolder:
             scores.append(score)
         self.write_json("scores.json", scores)
 
-    def end(self, reason: str, step: int) -> None:
+    def end(self, reason: str) -> None:
+        """Say why the run ended, and at which step: that of the last whole line of metrics.jsonl."""
+        metrics = self.path / "metrics.jsonl"
+        records = [parse_line(line) for line in metrics.read_bytes().splitlines()[-2:]] if metrics.exists() else []
+        step = next((record["step"] for record in reversed(records) if record is not None), 0)
         self.write_json("ended.json", {"reason": reason, "step": step})
 
 

@@ -5,21 +5,25 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from warpline.kernels import linear_logprob as module
 from warpline.kernels.linear_logprob import (
+    TokenStats,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_logprob,
     linear_logprob_reference,
 )
+from warpline.kernels.vocabulary_sweep import BLOCKING, Blocking
 
 ALL = {"entropy": True, "argmax": True, "sum_p2": True, "mean_logit": True}
-MATMULS = ("mm", "addmm", "addmm_", "matmul", "bmm", "linear")
+
+
+SMALL = Blocking(rows=8, columns=4, elements=32, backward_columns=5, backward_elements=80, kept_elements=176)
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", 8)
+def small_blocks(monkeypatch):
+    """Products of 8 rows; three blocks of columns or more in each direction, the last ragged; chunks of 16 tokens."""
+    monkeypatch.setitem(BLOCKING, "cpu", SMALL)
 
 
 def make(num_tokens=27, width=5, num_entries=11, dtype=torch.float64, scale=1.0, bias=True, seed=0):
@@ -40,18 +44,17 @@ def gradients(outputs, inputs, seed=1):
 
 
 class Watch(TorchDispatchMode):
-    """Counts the matrix products and remembers the largest tensor made."""
+    """Counts the multiplications of matrix products."""
 
     def __init__(self):
         super().__init__()
-        self.num_products, self.largest = 0, 0
+        self.num_multiplications = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num_products += func.overloadpacket.__name__ in MATMULS
-        out = func(*args, **(kwargs or {}))
-        made = [out] if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else []
-        self.largest = max([self.largest, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
-        return out
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.num_multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
 
 
 def same(a, b, tolerance=1e-12):
@@ -206,7 +209,7 @@ def test_error_is_at_most_twice_that_of_eager_torch(dtype, operation):
         logits = F.linear(h, w, bias_V)
         kept = target != -100
         logp = logits.float().log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
-        return module.TokenStats(logp * kept, logits.float().logsumexp(-1) * kept)
+        return TokenStats(logp * kept, logits.float().logsumexp(-1) * kept)
 
     ours = (linear_cross_entropy, linear_logprob)
     eager = (lambda h, w, t, bias_V: F.cross_entropy(F.linear(h, w, bias_V).float(), t), eager_statistics)
@@ -253,6 +256,7 @@ def test_products_that_no_input_needs_are_skipped(needs, num_products):
     (hidden, weight), target_T = make(8, bias=False)
     hidden.requires_grad_(bool(needs[0]))
     weight.requires_grad_(bool(needs[1]))
+    target_T = target_T.clamp(min=0)
     with Watch() as statistics:
         value = linear_logprob(hidden, weight, target_T).logprob_T.sum()
         if any(needs):
@@ -261,49 +265,41 @@ def test_products_that_no_input_needs_are_skipped(needs, num_products):
         loss = linear_cross_entropy(hidden, weight, target_T)
         if any(needs):
             loss.backward()
-    assert statistics.num_products == num_products
-    assert cross_entropy.num_products == 1 + sum(needs)
+    one = hidden.numel() * len(weight)
+    assert statistics.num_multiplications == num_products * one
+    assert cross_entropy.num_multiplications == (1 + sum(needs)) * one
 
 
 def test_no_gradient_is_formed_without_autograd():
     (hidden, weight), target_T = make(8, bias=False)
     with torch.no_grad(), Watch() as watch:
         linear_cross_entropy(hidden, weight, target_T)
-    assert watch.num_products == 1
+    assert watch.num_multiplications == hidden.numel() * len(weight)
 
 
 def test_ignored_tokens_never_reach_a_product():
     (hidden, weight), target_T = make(64, bias=False)
-    target_T[8:] = -100
+    target_T[:8], target_T[8:] = 3, -100
     poisoned = hidden.detach().clone()
     poisoned[target_T == -100] = torch.nan
     poisoned.requires_grad_()
     with Watch() as watch:
         loss = linear_cross_entropy(poisoned, weight, target_T)
-    assert watch.num_products == 3
+    assert watch.num_multiplications == 3 * hidden[:8].numel() * len(weight)
     d_hidden, d_weight = torch.autograd.grad(loss, [poisoned, weight])
     truth = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, target_T), [hidden, weight])
     same(d_hidden, truth[0])
     same(d_weight, truth[1])
 
 
-def test_largest_buffer_does_not_grow_with_the_number_of_tokens():
-    def largest(num_tokens):
-        (hidden, weight), target_T = make(num_tokens, 4, 512, bias=False)
-        with Watch() as watch:
-            linear_logprob(hidden, weight, target_T, **ALL).entropy_T.sum().backward()
-            linear_cross_entropy(hidden, weight, target_T).backward()
-        return watch.largest
-
-    assert largest(16) == largest(64) == 8 * 512
-
-
-@pytest.mark.parametrize("size", [1, 5, 64])
-def test_chunk_size_does_not_change_the_numbers(size, monkeypatch):
+@pytest.mark.parametrize(
+    "blocking", [Blocking(1, 1, 1, 1, 1, 1), Blocking(5, 3, 15, 2, 20, 60), Blocking(64, 64, 4096, 64, 4096, 4096)]
+)
+def test_block_sizes_do_not_change_the_numbers(blocking, monkeypatch):
     inputs, target_T = make()
     before = linear_logprob(*inputs[:2], target_T, bias_V=inputs[2], **ALL)
     expected = [*before, *gradients(before, inputs)]
-    monkeypatch.setattr(module, "TOKENS_PER_CHUNK", size)
+    monkeypatch.setitem(BLOCKING, "cpu", blocking)
     after = linear_logprob(*inputs[:2], target_T, bias_V=inputs[2], **ALL)
     for a, b in zip([*after, *gradients(after, inputs)], expected, strict=True):
         same(a, b)
@@ -324,8 +320,6 @@ def test_bad_input_is_named_with_its_remedy(function):
         function(hidden, weight, target_T[1:])
     with pytest.raises(ValueError, match="softcap is 0"):
         function(hidden, weight, target_T, softcap=0)
-    with pytest.raises(ValueError, match="no implementation for device 'meta'; expected"):
-        module.implementation_for(module._IMPLEMENTATIONS, hidden.to("meta"))
 
 
 def test_bad_options_are_named():

@@ -40,6 +40,7 @@ def test_the_line_ends_with_the_path_of_its_report_and_a_table(smoke):
     for stage in STAGES:
         assert stage in done.stderr
     assert read(folder, "ended.json")["reason"] == "done"
+    assert "Ended: done" in (folder / "report.html").read_text()
 
 
 def test_every_stage_is_scored_in_order_on_the_same_sets(smoke):

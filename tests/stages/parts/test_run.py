@@ -25,7 +25,7 @@ def test_a_folder_of_another_configuration_is_refused_with_the_key(tmp_path):
 def test_a_run_refused_before_it_began_may_be_configured_anew(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.open(Settings(), "sft")
-    run.end("bad input", 0)
+    run.end("bad input")
     run.open(Settings(steps=2), "sft")
     assert run.read_json("config.json", None)["steps"] == 2
 
