@@ -302,8 +302,8 @@ def _(hidden_TD, weight_VD, bias_V, *rest):
 
 
 def _save_for_op(ctx, inputs, output):
-    *tensors, ctx.options = *inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 

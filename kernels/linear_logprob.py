@@ -165,8 +165,9 @@ def _save_for_op(ctx, inputs, output):
 
 def _backward_of_op(ctx, d_logprob, d_lse, d_entropy, d_argmax, d_sum_p2, d_mean, d_max, d_log_sum):
     options = ctx.options
-    wanted = options[3]
-    upstream = (d_logprob, d_lse, d_entropy if wanted[0] else None, d_sum_p2 if wanted[2] else None, d_mean if wanted[3] else None)
+    has_entropy, _, has_sum_p2, has_mean = options[3]
+    asked = ((d_entropy, has_entropy), (d_sum_p2, has_sum_p2), (d_mean, has_mean))
+    upstream = (d_logprob, d_lse, *(d if is_asked else None for d, is_asked in asked))
     needed = [bool(asked) for asked in ctx.needs_input_grad[:3]]
     gradients = _linear_logprob_backward_op(*ctx.saved_tensors, *upstream, needed, *options)
     return *(d if asked else None for d, asked in zip(gradients, needed, strict=True)), *[None] * (1 + len(options))
@@ -184,7 +185,9 @@ def _linear_cross_entropy_op(
     inputs, terms = Inputs(hidden_TD, weight_VD, bias_V, target_TC), LossTerms(z_loss, label_smoothing)
     loss, *gradients = cross_entropy_with_gradients(inputs, (needed[0], needed[1], needed[2]), call, terms)
     dtypes = (x.dtype if x is not None else loss.dtype for x in inputs[:3])
-    return loss, *(loss.new_empty(0) if d is None else d.to(dtype) for d, dtype in zip(gradients, dtypes, strict=True))
+    pairs = zip(gradients, dtypes, strict=True)
+    d_hidden, d_weight, d_bias = (loss.new_empty(0) if d is None else d.to(dtype) for d, dtype in pairs)
+    return loss, d_hidden, d_weight, d_bias
 
 
 @_linear_cross_entropy_op.register_fake
@@ -302,16 +305,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature:
         raise ValueError(f"softcap is {softcap}; expected > 0, or None for no cap")
 
 
-def shard_of(
-    weight_VD: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
-) -> Shard:
+def shard_of(weight_VD: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None) -> Shard:
     """This rank's part of the vocabulary: with neither start nor size, equal shares in rank order and no padding."""
     rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     if (vocab_start is None) != (vocab_size is None) and group is not None:
-        raise ValueError("one of vocab_start and vocab_size is missing; expected both or neither with a group: give the other too")
+        raise ValueError(
+            "received one of vocab_start and vocab_size; with a group expected both or neither: give the other too"
+        )
     start = rank * len(weight_VD) if vocab_start is None else vocab_start
     size = num_ranks * len(weight_VD) if vocab_size is None else vocab_size
-    if not 0 <= start or size < 1 or (group is None and (start != 0 or size > len(weight_VD))):
+    if start < 0 or size < 1 or (group is None and (start != 0 or size > len(weight_VD))):
         expected = "0 <= vocab_start, and without a group vocab_start 0 and vocab_size at most the matrix's rows"
         raise ValueError(f"vocab_start is {start} and vocab_size {size} for {len(weight_VD)} rows; expected {expected}")
     return Shard(start, size, None if group is None else group.group_name)

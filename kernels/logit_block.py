@@ -176,9 +176,7 @@ def divergence_reference(student: Side, teacher: Side, divergence: Divergence) -
     return {
         "forward_kl": lambda: (log_t.exp() * (log_t - log_s)).sum(-1),
         "reverse_kl": lambda: (log_s.exp() * (log_s - log_t)).sum(-1),
-        "jsd": lambda: (
-            beta * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1)
-        ),
+        "jsd": lambda: beta * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1),
     }[divergence.kind]()
 
 
@@ -329,14 +327,12 @@ class LogitBlock(NamedTuple):
     divergence_gradient: Callable[[Side, Side, Divergence, Tensor, Tensor, Tensor], None]
 
 
-_TORCH = LogitBlock(
-    _statistics_torch, _pair_statistics_torch, _divergence_torch, _gradient_torch, _divergence_gradient_torch
-)
+_TORCH = LogitBlock(_statistics_torch, _pair_statistics_torch, _divergence_torch, _gradient_torch, _divergence_gradient_torch)
 
 
 def logit_block(device: torch.device) -> LogitBlock:
     """The steps for a device: Triton on CUDA, and on the CPU where Triton interprets; torch on the CPU."""
-    if device.type == "cuda" or (device.type == "cpu" and _interprets()):
+    if device.type == "cuda" or (device.type == "cpu" and interprets()):
         from . import logit_block_triton as kernels
 
         return LogitBlock(
@@ -348,7 +344,7 @@ def logit_block(device: torch.device) -> LogitBlock:
 
 
 @functools.cache
-def _interprets() -> bool:
+def interprets() -> bool:
     """Whether Triton is here, and in its interpreter mode."""
     try:
         import triton

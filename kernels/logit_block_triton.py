@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .logit_block import KINDS, LOWEST, Coefficient, Divergence, PairStatistic, Side, Statistic, Targets, Wanted
 
-# Columns of one tile of a row, and warps of a program: 16 elements a thread. Unmeasured on a GPU: chosen so that no kernel
-# spills on sm_80, sm_90 and sm_100 (tests/kernels/resources.json).
+# Columns of one tile of a row and warps of a program: 16 elements a thread, 8 of each side where there are two. Unmeasured on
+# a GPU: chosen so that no kernel spills on sm_80, sm_90 and sm_100 (tests/kernels/resources.json; with 4096 columns of
+# two sides the pair statistics spill 8 bytes on sm_80).
 COLUMNS_PER_TILE = 4096
 NUM_WARPS = 8
 
@@ -139,7 +140,7 @@ def statistics_kernel(
 @triton.jit
 def pair_statistics_kernel(
     product, product_stride, bias, softcap, inverse_temperature,
-    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temperature,
+    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp,
     statistics, statistics_stride, width,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_CAP: tl.constexpr,
     KIND: tl.constexpr, TILE: tl.constexpr,
@@ -161,7 +162,7 @@ def pair_statistics_kernel(
         raw_t = tl.load(teacher + columns, mask=inside, other=0.0)
         z_s = _logit(raw_s, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
         z_t = _logit(
-            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temperature, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
+            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temp, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
         )
         new_s = tl.maximum(maximum_s, tl.max(tl.where(inside, z_s, -float("inf")), 0))
         new_t = tl.maximum(maximum_t, tl.max(tl.where(inside, z_t, -float("inf")), 0))
@@ -186,7 +187,7 @@ def pair_statistics_kernel(
 @triton.jit
 def divergence_kernel(
     product, product_stride, bias, softcap, inverse_temperature, coefficients, coefficients_stride,
-    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temperature, normaliser, normaliser_stride,
+    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp, normaliser, normaliser_stride,
     sums, sums_stride, width, log_beta, log_rest,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_CAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -208,7 +209,7 @@ def divergence_kernel(
         raw_t = tl.load(teacher + columns, mask=inside, other=0.0)
         z_s = _logit(raw_s, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
         z_t = _logit(
-            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temperature, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
+            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temp, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
         )
         log_s, log_t = (z_s - shift_s) - log_sum_s, (z_t - shift_t) - log_sum_t
         log_m = _log_mixture(log_s, log_t, log_beta, log_rest)
@@ -240,15 +241,15 @@ def gradient_kernel(
         entry = tl.arange(0, TARGETS)
         local = tl.load(target + row * target_stride + entry, mask=entry < num_targets, other=-1) - first_column
         found = (local >= 0) & (local < width) & (entry < num_targets)
-        raw = tl.load(product + local, mask=found, other=0.0)
-        z = _logit(raw, bias, local, found, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
-        lp = (z - shift) - log_sum
-        d = _softmax_gradient(lp, a, b, c, k, HAS_B, HAS_C, HAS_K)
+        raw_at_target = tl.load(product + local, mask=found, other=0.0)
+        z_at_target = _logit(raw_at_target, bias, local, found, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
+        lp_at_target = (z_at_target - shift) - log_sum
+        d_at_target = _softmax_gradient(lp_at_target, a, b, c, k, HAS_B, HAS_C, HAS_K)
         # A target that is there twice gets both upstream gradients, and both stores then write the same number.
-        for other in range(0, num_targets):
+        for other in range(num_targets):
             is_same = local == tl.load(target + row * target_stride + other) - first_column
-            d += tl.where(is_same, tl.load(d_target + row * d_target_stride + other), 0.0)
-        d_at_target = (d * _slope(z, softcap, inverse_temperature, HAS_CAP)).to(out.dtype.element_ty)
+            d_at_target += tl.where(is_same, tl.load(d_target + row * d_target_stride + other), 0.0)
+        d_at_target = d_at_target * _slope(z_at_target, softcap, inverse_temperature, HAS_CAP)
         tl.debug_barrier()
     for start in range(0, width, TILE):
         columns = start + tl.arange(0, TILE)
@@ -261,7 +262,7 @@ def gradient_kernel(
         tl.store(out + columns, d.to(out.dtype.element_ty), mask=inside)
     if TARGETS > 0:
         tl.debug_barrier()
-        tl.store(out + local, d_at_target, mask=found)
+        tl.store(out + local, d_at_target.to(out.dtype.element_ty), mask=found)
 
 
 @triton.jit
@@ -281,7 +282,7 @@ def _softmax_gradient(lp, a, b, c, k, HAS_B: tl.constexpr, HAS_C: tl.constexpr, 
 @triton.jit
 def divergence_gradient_kernel(
     product, product_stride, bias, softcap, inverse_temperature, coefficients, coefficients_stride,
-    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temperature, normaliser, normaliser_stride,
+    teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp, normaliser, normaliser_stride,
     out, out_stride, width, log_beta, log_rest,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_CAP: tl.constexpr,
     KIND: tl.constexpr, TILE: tl.constexpr,
@@ -304,7 +305,7 @@ def divergence_gradient_kernel(
         raw_t = tl.load(teacher + columns, mask=inside, other=0.0)
         z_s = _logit(raw_s, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
         z_t = _logit(
-            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temperature, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
+            raw_t, teacher_bias, columns, inside, teacher_softcap, teacher_inverse_temp, TEACHER_HAS_BIAS, TEACHER_HAS_CAP
         )
         log_s, log_t = (z_s - shift_s) - log_sum_s, (z_t - shift_t) - log_sum_t
         s = tl.exp(log_s)
@@ -380,7 +381,8 @@ def _launch(kernel, side: Side, *arguments, **constants) -> None:
     product = side.product
     if product.dtype != torch.float32:
         raise ValueError(f"the Triton kernels received {product.dtype}, expected fp32; for fp64 move the inputs to the CPU")
-    tile = min(COLUMNS_PER_TILE, triton.next_power_of_2(product.shape[1]))
+    num_sides = 2 if "TEACHER_HAS_BIAS" in constants else 1
+    tile = min(COLUMNS_PER_TILE // num_sides, triton.next_power_of_2(product.shape[1]))
     with torch.cuda.device(product.device) if product.is_cuda else nullcontext():
         kernel[(product.shape[0],)](*arguments, **constants, TILE=tile, num_warps=NUM_WARPS, enable_fp_fusion=True)
 
@@ -395,4 +397,3 @@ def _map(side: Side) -> tuple[float, float]:
 
 def _flags(side: Side, prefix: str = "") -> dict[str, bool]:
     return {f"{prefix}HAS_BIAS": side.bias_W is not None, f"{prefix}HAS_CAP": side.map.softcap is not None}
-

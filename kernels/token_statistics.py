@@ -188,9 +188,7 @@ def backward(
     blocking, steps = head.form.blocking, logit_block(hidden_XD.device)
     num_tokens = head.tokens_per_chunk(blocking.backward_elements, blocking.backward_columns)
     is_partial = call.shard.group_name is not None and call.reduce_d_hidden
-    gradients = Gradients(
-        hidden_XD, head, Needed(*needed, len(inputs.weight_VD), is_partial), -(-len(hidden_XD) // num_tokens)
-    )
+    gradients = Gradients(hidden_XD, head, Needed(*needed, len(inputs.weight_VD), is_partial), -(-len(hidden_XD) // num_tokens))
     with torch.autocast(hidden_XD.device.type, enabled=False):
         for chunk in chunks(hidden_XD, num_tokens, head.form):
             gradients.begin(chunk)
@@ -210,15 +208,16 @@ def backward(
     return _finished(gradients, inputs, kept_T, call)
 
 
-def _finished(gradients: Gradients, inputs: Inputs, kept_T: Tensor | None, call: Call) -> tuple[Tensor | None, ...]:
+def _finished(gradients: Gradients, inputs: Inputs, kept_T: Tensor | None, call: Call) -> tuple[Any, Any, Any]:
     """Summed over ranks, put back among zeros, and cast: once."""
     d_hidden = gradients.d_hidden_TD
     if d_hidden is not None:
         if call.reduce_d_hidden:
             d_hidden = reduce_d_hidden(d_hidden, call.shard)
         d_hidden = _restored(d_hidden, kept_T, inputs)
-    pairs = zip((d_hidden, gradients.d_weight_VD, gradients.d_bias_V), inputs, strict=False)
-    return tuple(None if d is None or x is None else d.to(x.dtype) for d, x in pairs)
+    gathered = (d_hidden, gradients.d_weight_VD, gradients.d_bias_V)
+    one, other, last = (None if d is None or x is None else d.to(x.dtype) for d, x in zip(gathered, inputs[:3], strict=True))
+    return one, other, last
 
 
 class LossTerms(NamedTuple):

@@ -70,7 +70,7 @@ class Form:
     @classmethod
     def of(
         cls, inputs: tuple[Tensor | None, ...], temperature: float, softcap: float | None, product_dtype: torch.dtype | None
-    ) -> "Form":
+    ) -> Form:
         """The form of a head: `inputs` are its hidden states, matrix and bias, and whatever else decides the precision."""
         hidden = inputs[0]
         assert hidden is not None
@@ -266,11 +266,16 @@ class Gradients:
 # ---- Vocab-parallel: what the ranks of a group exchange ----
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    """Registered operators take no process group, so it travels by its name."""
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def gather(partial: Tensor, shard: Shard) -> Tensor:
     """[n, …]: every rank's partial numbers in rank order, by one all-gather; without a group, those that are here."""
     if shard.group_name is None:
         return partial[None]
-    group = dist.distributed_c10d._resolve_process_group(shard.group_name)
+    group = _group(shard.group_name)
     everyone = partial.new_empty(group.size(), *partial.shape)
     dist.all_gather_into_tensor(everyone.view(-1), partial.contiguous().view(-1), group=group)
     return everyone
@@ -279,7 +284,7 @@ def gather(partial: Tensor, shard: Shard) -> Tensor:
 def reduce_d_hidden(d_hidden_TD: Tensor, shard: Shard) -> Tensor:
     """The sum over ranks, by one all-reduce."""
     if shard.group_name is not None:
-        dist.all_reduce(d_hidden_TD, group=dist.distributed_c10d._resolve_process_group(shard.group_name))
+        dist.all_reduce(d_hidden_TD, group=_group(shard.group_name))
     return d_hidden_TD
 
 

@@ -10,6 +10,7 @@ import torch
 from warpline.kernels.logit_block import (
     Coefficient,
     Divergence,
+    LogitBlock,
     LogitMap,
     PairStatistic,
     Side,
@@ -23,6 +24,7 @@ from warpline.kernels.logit_block import (
     new_statistics,
 )
 
+pytestmark = pytest.mark.interpreter
 ROWS, ENTRIES, WIDTH = 5, 17, 7
 FORMS = [(False, LogitMap()), (True, LogitMap(0.7)), (False, LogitMap(1.0, 3.0)), (True, LogitMap(1.3, 2.0))]
 KINDS = [Divergence("forward_kl"), Divergence("reverse_kl"), Divergence("jsd", 0.3)]
@@ -161,7 +163,14 @@ def coefficients_of(values, upstream, ids, dtype):
     return table.to(dtype), None if d_target is None else d_target.to(dtype)
 
 
-ASKED = [("logprob",), ("lse",), ("entropy",), ("sum_p2",), ("mean_logit",), ("logprob", "lse", "entropy", "sum_p2", "mean_logit")]
+ASKED = [
+    ("logprob",),
+    ("lse",),
+    ("entropy",),
+    ("sum_p2",),
+    ("mean_logit",),
+    ("logprob", "lse", "entropy", "sum_p2", "mean_logit"),
+]
 
 
 @pytest.mark.parametrize(("has_bias", "form"), FORMS)
@@ -258,3 +267,87 @@ def test_equal_distributions_have_no_divergence_to_the_last_bit(steps, dtype):
 def test_a_device_without_kernels_is_refused():
     with pytest.raises(ValueError, match="no implementation for device 'meta'; expected cpu or cuda"):
         logit_block(torch.device("meta"))
+
+
+INSIDE = "inside = columns < width"
+FOUND = "found = (local >= 0) & (local < width) & (entry < num_targets)\n"
+PICK = "tl.load(target + row * target_stride + entry, mask=entry < num_targets, other=-1) - first_column\n    "
+STORE = "tl.store(out + columns, d.to(out.dtype.element_ty), mask="
+STORE_TARGET = "tl.store(out + local, d_at_target.to(out.dtype.element_ty), mask=found"
+EACH_TARGET = "tl.where(is_same, tl.load(d_target"
+JSD_TERM = "tl.exp(log_t) * (log_t - log_m)"
+# Each, made in the Triton source, must turn the checks above red: what was there, and what stands there instead.
+MUTATIONS = {
+    "the block is read past its end": (INSIDE, f"{INSIDE} + 1"),
+    "the last column is dropped": (INSIDE, f"{INSIDE} - 1"),
+    "columns past the width count as logits": (
+        'shown = tl.where(inside, z, -float("inf"))',
+        "shown = tl.where(inside, z, 1e3)",
+    ),
+    "exp of columns past the width is summed": ("e = tl.where(inside, tl.exp(centred), 0.0)", "e = tl.exp(centred)"),
+    "logits past the width are summed": (
+        "total_logits += tl.sum(tl.where(inside, z, 0.0), 0)",
+        "total_logits += tl.sum(z + 1, 0)",
+    ),
+    "no temperature": ("z = z * inverse_temperature", "z = z * 1.0"),
+    "no bias": ("z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)", "z += 0.0"),
+    "no softcap": ("z = softcap * _tanh(z / softcap)", "z = z * 1.0"),
+    "the softcap does not divide": ("z = softcap * _tanh(z / softcap)", "z = softcap * _tanh(z)"),
+    "no slope of the softcap": ("slope = inverse_temperature * (1.0 - capped * capped)", "slope = inverse_temperature"),
+    "a slope without temperature": ("slope = inverse_temperature\n", "slope = 1.0\n"),
+    "tanh without its sign": ("tl.where(x < 0, -large, large)", "large"),
+    "old sums are not rescaled": ("total = factor * total + tl.sum(e, 0)", "total = total + tl.sum(e, 0)"),
+    "the entropy's sum is not moved": ("factor * (total_z + moved * total)", "factor * total_z"),
+    "squares are rescaled once": ("factor * factor * total_squares", "factor * total_squares"),
+    "the argmax ignores the tile": ("tile_place = first_column + start + tl.argmax", "tile_place = first_column + tl.argmax"),
+    "the argmax ignores the block": ("tile_place = first_column + start", "tile_place = start"),
+    "the argmax is the last tile's": (
+        "tl.where(tile_maximum > maximum, tile_place",
+        "tl.where(tile_maximum > -1e9, tile_place",
+    ),
+    "targets ignore the block": (f"{PICK}{FOUND}    raw", f"{PICK.replace(' - first_column', '')}{FOUND}    raw"),
+    "targets of another row": ("tl.load(target + row * target_stride + entry", "tl.load(target + entry"),
+    "a forward KL's sum is not moved": ("factor_t * (cross + (moved_t - moved_s) * total_t)", "factor_t * cross"),
+    "a reverse KL's sum is not moved": ("factor_s * (cross + (moved_s - moved_t) * total_s)", "factor_s * cross"),
+    "a KL weighs by the other side": ("tl.sum(e_t * (centred_t - centred_s), 0)", "tl.sum(e_s * (centred_t - centred_s), 0)"),
+    "the teacher is read without its stride": ("teacher += row * teacher_stride", "teacher += row"),
+    "the mixture has equal weights": ("x, y = log_t + log_beta, log_s + log_rest", "x, y = log_t + log_beta, log_s + log_beta"),
+    "the jsd counts columns past the width": (f"tl.sum(tl.where(inside, {JSD_TERM}, 0.0), 0)", f"tl.sum({JSD_TERM}, 0)"),
+    "the gradient has no a": ("    factor = a\n", "    factor = 0.0 * a\n"),
+    "the gradient has no b": ("factor = factor + b * lp", "factor = factor + 0.0"),
+    "the gradient has no c": ("factor = factor + c * p", "factor = factor + 0.0"),
+    "the gradient has no k": ("        d += k", "        d += 0.0"),
+    "a target's gradient counts once": (f"d_at_target += {EACH_TARGET}", f"d_at_target = {EACH_TARGET}"),
+    "a target's gradient is not written": (STORE_TARGET, f"{STORE_TARGET} & (local < 0)"),
+    "the gradient does not normalise": ("d = _softmax_gradient((z - shift) - log_sum", "d = _softmax_gradient((z - shift)"),
+    "the reverse KL's gradient lacks its value": ("s * ((log_s - log_t) - value)", "s * (log_s - log_t)"),
+    "the jsd's gradient lacks its weight": ("upstream * tl.exp(log_rest) * s", "upstream * s"),
+    "only one tile of the gradient is written": (f"{STORE}inside)", f"{STORE}columns < TILE)"),
+}
+
+
+def check_everything(steps, dtype) -> None:
+    """Every option once, in the steps given."""
+    for has_bias, form in FORMS[1:]:
+        test_statistics_folded_over_blocks_are_those_of_the_whole(steps, dtype, has_bias, form, 3)
+        test_gradient_of_every_block_is_autograds_of_the_whole(steps, dtype, has_bias, form, ASKED[-1], 3)
+    for divergence in KINDS:
+        test_divergence_and_its_gradient_over_blocks_are_those_of_the_whole(steps, dtype, divergence, *FORMS[3])
+    test_a_growing_maximum_rescales_what_came_before(steps, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter_only
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", [None, *MUTATIONS])
+def test_every_mutation_of_the_kernels_is_noticed(name, mutated):
+    old, new = MUTATIONS[name] if name else ("", "")
+    module = mutated("logit_block_triton", old, new)
+    module.COLUMNS_PER_TILE = 4
+    names = ("statistics", "pair_statistics", "divergence", "gradient", "divergence_gradient")
+    steps = LogitBlock(*(getattr(module, name) for name in names))
+    if name is None:
+        check_everything(steps, torch.float32)
+    else:
+        with pytest.raises(AssertionError):
+            check_everything(steps, torch.float32)
