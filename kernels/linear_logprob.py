@@ -128,7 +128,8 @@ def _(hidden_TD, weight_VD, bias_V, target_TC, temperature, softcap, ignore_inde
     entropy, argmax, sum_p2, mean_logit = (torch.empty_like(per_token) if asked else none.clone() for asked in wanted)
     whole = (torch.empty_like(per_token) for _ in range(3))
     return (
-        per_token.new_empty(target_TC.shape), next(whole), entropy, argmax.long(), sum_p2, mean_logit, next(whole), next(whole)
+        per_token.new_empty(target_TC.shape), next(whole), entropy, argmax.long() if wanted[1] else argmax, sum_p2, mean_logit,
+        next(whole), next(whole),
     )  # fmt: skip
 
 

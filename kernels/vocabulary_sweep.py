@@ -277,7 +277,8 @@ def gather(partial: Tensor, shard: Shard) -> Tensor:
         return partial[None]
     group = _group(shard.group_name)
     everyone = partial.new_empty(group.size(), *partial.shape)
-    dist.all_gather_into_tensor(everyone.view(-1), partial.contiguous().view(-1), group=group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
+    all_gather(everyone.view(-1), partial.contiguous().view(-1), group=group)
     return everyone
 
 
