@@ -173,7 +173,6 @@ def test_compiled_losses_are_one_graph_and_take_any_number_of_tokens(name):
         compilations.append(graph)
         return graph.forward
 
-    hidden, weight, bias, _ = head_of(8)
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend=backend)
     for num_tokens in (300, 17, 90, 256):
         inputs = head_of(num_tokens)
