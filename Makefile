@@ -7,16 +7,25 @@ READY := $(VENV)/.installed
 # (2 cores, 1 M parameters, 4096 tokens), alone 0.48 s instead of 0.45 s.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test test-all lint venv clean
+.PHONY: run test test-all gpu lint venv clean
 
 run: venv
 	$(BIN)/warpline line configs/line/laptop.toml
 
+# Twice: once as a user's process runs, and the kernels' tests once more with Triton interpreting on the CPU.
+PYTEST := $(BIN)/python -m pytest --timeout=600 $(PYTEST_ARGS)
+
 test: venv
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/kernels
 
 test-all: venv
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
+
+# One call on a machine with a GPU, from the checkout alone; results and logs under OUT, else bench/results.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m warpline.bench.gpu $(if $(OUT),--out $(OUT))
 
 lint: venv
 	$(BIN)/ruff check .

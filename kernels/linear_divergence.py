@@ -216,7 +216,7 @@ def _backward(
     mask_T, blocking = inputs.mask_T, pair.blocking
     upstream_T = d_value_T if mask_T is None else d_value_T.masked_fill(~mask_T, 0.0)
     coefficients = pair.like.new_zeros(len(Coefficient), len(pair.hidden_XD))
-    coefficients[[Coefficient.MAX, Coefficient.LOG_SUM, Coefficient.B]] = tables[0]
+    coefficients[Coefficient.MAX], coefficients[Coefficient.LOG_SUM], coefficients[Coefficient.B] = tables[0]
     coefficients[Coefficient.A] = pair.kept(upstream_T)
     is_partial = call.shard.group_name is not None and call.reduce_d_hidden
     asked = Needed(*needed, len(inputs.weight_VD), is_partial)

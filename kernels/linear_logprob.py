@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from .logit_block import LogitMap, Side, Wanted, logits_of
 from .token_statistics import Call, Inputs, LossTerms, Upstream, backward, cross_entropy_with_gradients, forward
-from .vocabulary_sweep import Shard, statistic_dtype
+from .vocabulary_sweep import BLOCKING, Shard, statistic_dtype
 
 
 class TokenStats(NamedTuple):
@@ -296,6 +296,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden and weight have shapes {shapes}; expected [T, D] and [V, D]: pack the tokens")
+    if hidden.device.type not in BLOCKING:
+        expected = " or ".join(BLOCKING)
+        raise ValueError(f"no implementation for device {hidden.device.type!r}; expected {expected}: move the inputs")
     if hidden.device != weight.device or (bias is not None and bias.device != weight.device):
         raise ValueError(f"hidden is on {hidden.device} and weight on {weight.device}; expected one device: move them")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -1,15 +1,19 @@
-"""What every test shares: one thread, a small model, a tokenizer and a data folder."""
+"""What every test shares: one thread, a small model, a tokenizer and a data folder.
+
+Nothing but torch and pytest is imported before a fixture is used: the kernels' tests run on machines that have no more.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from warpline.data.tokenizer import ChatTokenizer, train_tokenizer
-from warpline.models.decoder import Decoder, DecoderConfig
-from warpline.parallel.mesh import start_mesh
-from warpline.stages import data
-from warpline.stages.parts.run import RunFolder
+if TYPE_CHECKING:
+    from warpline.data.tokenizer import ChatTokenizer
+    from warpline.models.decoder import Decoder, DecoderConfig
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # the models of these tests are too small to share: 30 ms instead of 360 ms for one tiny generate
@@ -24,10 +28,14 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:
+    from warpline.data.tokenizer import ChatTokenizer, train_tokenizer
+
     return ChatTokenizer(train_tokenizer(TEXTS * 4, 320))
 
 
 def tiny_config(vocab_size: int, **changes) -> DecoderConfig:
+    from warpline.models.decoder import DecoderConfig
+
     sizes = {
         "width": 16,
         "num_layers": 2,
@@ -42,6 +50,8 @@ def tiny_config(vocab_size: int, **changes) -> DecoderConfig:
 
 @pytest.fixture
 def tiny_decoder(tokenizer) -> Decoder:
+    from warpline.models.decoder import Decoder
+
     return Decoder(tiny_config(tokenizer.vocab_size)).initialise(torch.Generator().manual_seed(0))
 
 
@@ -57,6 +67,10 @@ def start_folder(tmp_path, tokenizer, tiny_decoder) -> Path:
 @pytest.fixture(scope="session")
 def text_run(tmp_path_factory, tokenizer) -> Path:
     """A run of the data stage on a few generated files, with tasks, in the tokens of `tokenizer`."""
+    from warpline.parallel.mesh import start_mesh
+    from warpline.stages import data
+    from warpline.stages.parts.run import RunFolder
+
     folder = tmp_path_factory.mktemp("text")
     for number in range(24):
         lines = [f"def function_{number}_{line}(value):\n    return value * {line + number}\n" for line in range(20)]

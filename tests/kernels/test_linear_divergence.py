@@ -9,10 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from warpline.kernels.linear_divergence import (
     linear_divergence,
     linear_divergence_reference,
-    linear_topk,
-    linear_topk_divergence,
 )
-from warpline.kernels.linear_topk import linear_topk_divergence_reference
 from warpline.kernels.vocabulary_sweep import BLOCKING, Blocking
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
@@ -228,65 +225,6 @@ def test_noncontiguous_inputs_and_autocast_change_nothing():
         same(a, b, 1e-6)
 
 
-def test_topk_finds_the_most_probable_ids():
-    (hidden, weight, bias), _ = make()
-    ids_TC, logprobs_TC = linear_topk(hidden, weight, 4, bias_V=bias, temperature=0.6, softcap=2.0)
-    logits = 2.0 * torch.tanh((hidden @ weight.t() + bias) / 2.0) / 0.6
-    expected = logits.log_softmax(-1).topk(4)
-    assert (ids_TC == expected.indices).all()
-    same(logprobs_TC, expected.values.detach())
-    assert not logprobs_TC.requires_grad
-    with pytest.raises(ValueError, match="k is 12; expected 1 to the vocabulary's 11"):
-        linear_topk(hidden, weight, 12)
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
-def test_topk_divergence_and_its_gradients_are_those_of_full_logits(kind, tail):
-    student, teacher = make()
-    ids_TC, logprobs_TC = linear_topk(*teacher[:2], 4)
-    ids_TC[3, 2:], ids_TC[5] = -100, -100
-    logprobs_TC[3, 2:] = torch.nan
-    counted_T = torch.arange(27) % 5 != 2
-    counted_T[5] = True
-    options = {"kind": kind, "tail": tail, "temperature": 0.8, "mask_T": counted_T}
-    value_T = linear_topk_divergence(*student[:2], ids_TC, logprobs_TC, bias_V=student[2], **options)
-    options["mask_T"] = counted_T & (torch.arange(27) != 5)
-    clean_TC = logprobs_TC.nan_to_num()
-    truth_T = linear_topk_divergence_reference(*student[:2], ids_TC, clean_TC, bias_V=student[2], **options)
-    same(value_T, torch.where(options["mask_T"], truth_T, 0.0))
-    upstream_T = torch.randn(27, dtype=torch.float64) * options["mask_T"]
-    keep = options["mask_T"].nonzero()[:, 0]
-    truth = torch.autograd.grad(truth_T[keep], student, upstream_T[keep], allow_unused=True)
-    for value, expected in zip(torch.autograd.grad(value_T, student, upstream_T), truth, strict=True):
-        same(value, expected, 1e-11)
-
-
-def test_topk_gradients_follow_the_closed_forms():
-    """In the student's logits z: forward with a bucket is s − t~, renormalised s − t', ignored T_K s − t."""
-    z = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    teacher = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    eye = torch.eye(9, dtype=torch.float64)
-    ids_TC, logprobs_TC = linear_topk(teacher, eye, 3)
-    s, t_K = z.detach().softmax(1), torch.zeros(6, 9, dtype=torch.float64).scatter(1, ids_TC, logprobs_TC.exp())
-    mass, off = t_K.sum(1, keepdim=True), t_K == 0
-    bucket = t_K + off * (1 - mass) * s / (s * off).sum(1, keepdim=True)
-    expected = {"bucket": s - bucket, "renormalise": s - t_K / mass, "ignore": mass * s - t_K}
-    for tail, d_z in expected.items():
-        value_T = linear_topk_divergence(z, eye, ids_TC, logprobs_TC, tail=tail)
-        same(torch.autograd.grad(value_T.sum(), z)[0], d_z)
-
-
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
-def test_a_cache_of_the_whole_vocabulary_is_the_full_divergence(kind):
-    student, teacher = make()
-    cache = linear_topk(*teacher[:2], 11)
-    full_T = linear_divergence(*student[:2], *teacher[:2], kind=kind)
-    for tail in ("renormalise", "ignore"):
-        same(linear_topk_divergence(*student[:2], *cache, kind=kind, tail=tail), full_T)
-    same(linear_topk_divergence(*student[:2], *cache, kind=kind), full_T, 1e-11)
-
-
 def test_bad_input_is_named_with_its_remedy():
     (hidden, weight, _), (teacher_hidden, teacher_weight, _) = make()
     sides = (hidden, weight, teacher_hidden, teacher_weight)
@@ -300,7 +238,3 @@ def test_bad_input_is_named_with_its_remedy():
         linear_divergence(*sides, mask_T=torch.ones(27, dtype=torch.int64))
     with pytest.raises(ValueError, match="temperature is -1"):
         linear_divergence(*sides, temperature=-1.0)
-    with pytest.raises(ValueError, match="tail is 'drop'"):
-        linear_topk_divergence(hidden, weight, *linear_topk(teacher_hidden, teacher_weight, 2), tail="drop")
-    with pytest.raises(ValueError, match=r"expected \[T, C\] twice"):
-        linear_topk_divergence(hidden, weight, torch.zeros(27, 2).long(), torch.zeros(27, 3))
