@@ -4,23 +4,26 @@
     Σ over counted tokens (or sequences) of weight · ℓ, divided by `denominator`
   with ℓ given by the name, and the aggregation by two arguments, so that half batches add up to the whole exactly:
     aggregation              weight of a token     denominator, counted over ranks and accumulation     names
-    token-mean               1                     number of counted tokens                             ppo dapo cispo
-    seq-mean-token-mean      1 / own length        number of sequences                                  grpo gspo
+    token-mean               1                     number of counted tokens                   ppo dapo cispo vespo kimi dppo
+    seq-mean-token-mean      1 / own length        number of sequences                                  grpo gspo sapo
     seq-mean-token-sum-norm  1                     number of sequences × the largest length             dr_grpo
-    sequence                 one term a sequence   number of sequences                                  rloo
+    sequence                 one term a sequence   number of sequences                                  rloo gmpo luspo
+  Advantages: `group_advantage` here; GAE, reward-to-go, whitening (PPO, REINFORCE++) and the KL in the reward in `gae`.
 **Shapes** T packed tokens of B sequences, bounded by cu_seqlens [B + 1]; reward [B]; a mask is True where a token counts
   (model tokens of completions), and masked values may be anything, NaN included. Losses are scalars.
 **Dtypes** those of the inputs: pass fp32 log-probabilities. Log-ratios are limited to ±LOG_RATIO_LIMIT, beyond which
   they have no gradient.
 **Traffic** a few numbers per token.
 **Source** PPO arXiv 1707.06347; dual clip 1912.09729; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476;
-  GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740; k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
+  GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740; SAPO 2511.20347; GMPO 2507.20673; VESPO, LUSPO as in TRL; Kimi K2.5
+  2602.02276; DPPO 2602.04879; InstructGPT 2203.02155; k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
 **Limits** A sequence lies whole on one rank: gspo and rloo sum its log-ratios. These are elementwise torch on any
   device; the formulas are their own references.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -37,13 +40,14 @@ def group_advantage(
     reward_B: Tensor,
     group_size: int,
     *,
-    normalise: Literal["group_std", "none", "leave_one_out"] = "group_std",
+    normalise: Literal["group_std", "none", "leave_one_out", "group_mean"] = "group_std",
     eps: float = 1e-4,
 ) -> Tensor:
     """Advantage of each completion against its group: `group_size` consecutive completions of one prompt.
 
     "group_std" is GRPO's (r − mean) / (std + eps), std unbiased as in TRL (whose eps is 1e-4; verl's 1e-6); "none" is
-    Dr. GRPO's r − mean; "leave_one_out" is RLOO's r − mean of the others = G/(G − 1) (r − mean).
+    Dr. GRPO's r − mean; "leave_one_out" is RLOO's r − mean of the others = G/(G − 1) (r − mean); "group_mean" is MaxRL's
+    (r − mean) / mean, for rewards ≥ 0: a group without any reward has no advantage.
     """
     if group_size < 2 or reward_B.dim() != 1 or len(reward_B) % group_size:
         received = f"{tuple(reward_B.shape)} rewards in groups of {group_size}"
@@ -54,6 +58,7 @@ def group_advantage(
         "group_std": lambda: 1 / (reward_PG.std(1, keepdim=True) + eps),
         "none": lambda: 1.0,
         "leave_one_out": lambda: group_size / (group_size - 1),
+        "group_mean": lambda: 1 / reward_PG.mean(1, keepdim=True).clamp(min=eps),
     }
     if normalise not in scales:
         raise ValueError(f"normalise is {normalise!r}; expected one of {list(scales)}")
@@ -221,15 +226,148 @@ def cispo(
     mask_T: Tensor | None = None,
     clip_low: float = 1.0,
     clip_high: float = 4.0,
+    bound: Literal["relative", "absolute"] = "relative",
 ) -> Tensor:
     """−sg[clip(r, 1 − low, 1 + high)] A lp, token-mean: no token's gradient is dropped, only its weight is bounded.
 
-    The bounds are relative to 1, as in verl, slime and NeMo-RL; TRL and Liger give the same name the absolute bound, here
-    1 + clip_high. The defaults are no lower bound, and ScaleRL's absolute 5 (arXiv 2510.13786).
+    "relative" bounds are distances from 1, as in verl, slime and NeMo-RL; with "absolute" the weight itself is at most
+    `clip_high` and `clip_low` is not used, as in TRL and Liger (whose default then is 0.2: a fifth of every gradient). The
+    defaults are no lower bound, and ScaleRL's absolute 5 (arXiv 2510.13786).
     """
+    bounds = {"relative": (1 - clip_low, 1 + clip_high), "absolute": (None, clip_high)}
+    if bound not in bounds:
+        raise ValueError(f"bound is {bound!r}; expected one of {list(bounds)}")
     ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T)).detach()
-    loss_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T * _counted(logprob_T, mask_T)
+    loss_T = -ratio_T.clamp(*bounds[bound]) * advantage_T * _counted(logprob_T, mask_T)
     return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def sapo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    weight_T: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    temperature_positive: float = 1.0,
+    temperature_negative: float = 1.05,
+) -> Tensor:
+    """−A σ(τ(r − 1)) 4/τ, τ by the advantage's sign: a soft gate of slope 1 at r = 1 in place of the clip.
+
+    Aggregated as GRPO: `weight_T` is `sequence_mean_weight(...)`, `denominator` the global number of sequences.
+    """
+    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
+    tau_T = torch.where(advantage_T > 0, temperature_positive, temperature_negative)
+    loss_T = -advantage_T * torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+
+
+def gmpo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_B: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    log_clip_low: float = 0.4,
+    log_clip_high: float = 0.4,
+) -> Tensor:
+    """−A exp(mean of clipped log r), one term a sequence: `denominator` is the global number of sequences.
+
+    Each token's log-ratio is clipped before the geometric mean, to ±0.4 and only in the direction of the advantage: from
+    above where A ≥ 0, from below where A < 0.
+    """
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
+    clipped_T = log_ratio_T.clamp(-log_clip_low, log_clip_high)
+    is_good_T = _spread(advantage_B >= 0, cu_seqlens, len(logprob_T))
+    chosen_T = torch.where(is_good_T, torch.minimum(log_ratio_T, clipped_T), torch.maximum(log_ratio_T, clipped_T))
+    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
+    ratio_B = torch.exp(sequence_sum(chosen_T, cu_seqlens, weight_T=weight_T))
+    return -(ratio_B * advantage_B).sum() / denominator
+
+
+def luspo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_B: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip_low: float = 2e-3,
+    clip_high: float = 2.5e-3,
+) -> Tensor:
+    """GSPO's clipped loss of each sequence times its number of counted tokens: `denominator` is the global number of
+    sequences, so that long sequences are not paid less per token."""
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
+    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
+    ratio_B = torch.exp(sequence_sum(log_ratio_T, cu_seqlens, weight_T=weight_T))
+    length_B = sequence_sum((weight_T > 0).to(log_ratio_T.dtype), cu_seqlens)
+    return (clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high) * length_B).sum() / denominator
+
+
+def vespo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_B: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    positive: tuple[float, float] = (2.0, 3.0),
+    negative: tuple[float, float] = (3.0, 2.0),
+) -> Tensor:
+    """−sg[φ(w)] A lp, token-mean; φ(w) = e^λ w^k e^(−λw) of the sequence's whole ratio w = exp(Σ log r), so that φ(1) = 1.
+
+    `positive` and `negative` are (k, λ) by the advantage's sign. log w is limited to [log 1e-8, 20], as in TRL.
+    """
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T).detach()
+    log_w_B = sequence_sum(log_ratio_T, cu_seqlens).clamp(math.log(1e-8), LOG_RATIO_LIMIT)
+    k_B, lambda_B = (torch.where(advantage_B >= 0, good, bad) for good, bad in zip(positive, negative, strict=True))
+    phi_B = torch.exp(lambda_B + k_B * log_w_B - lambda_B * log_w_B.exp())
+    loss_T = -_spread(phi_B * advantage_B, cu_seqlens, len(logprob_T)) * _counted(logprob_T, mask_T)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def kimi(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    low: float,
+    high: float,
+    mask_T: Tensor | None = None,
+) -> Tensor:
+    """−A lp where low ≤ log r ≤ high, whatever A's sign, and nothing elsewhere; token-mean over all counted tokens.
+
+    Kimi K2.5's; its advantage is (r − mean) / τ, its bounds are not published.
+    """
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T).detach()
+    is_kept_T = (log_ratio_T >= low) & (log_ratio_T <= high)
+    loss_T = torch.where(is_kept_T, -advantage_T * _counted(logprob_T, mask_T), 0.0)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def dppo(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    limit: float = 0.2,
+    log_ratio_weight: float = 1e-3,
+) -> Tensor:
+    """−A r, dropped where the token's *probability* has moved by more than `limit` in the advantage's direction, plus
+    `log_ratio_weight` (log r)² on every counted token: prime-rl's default, whose `old_logprob_T` is the rollout engine's."""
+    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
+    moved_T = (_counted(logprob_T, mask_T).exp() - _counted(old_logprob_T, mask_T).exp()).detach()
+    is_dropped_T = torch.where(advantage_T > 0, moved_T > limit, moved_T < -limit)
+    surrogate_T = torch.where(is_dropped_T, 0.0, -advantage_T * torch.exp(log_ratio_T))
+    return weighted_sum(surrogate_T + log_ratio_weight * log_ratio_T.square(), denominator=denominator, mask_T=mask_T)
 
 
 def rloo(
@@ -250,6 +388,32 @@ def rloo(
     log_ratio_B = sequence_sum(_log_ratio(logprob_T, old_logprob_T, mask_T), cu_seqlens)
     ratio_B = torch.exp(log_ratio_B.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
     return clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high).sum() / denominator
+
+
+def clipped_value_loss(
+    value_T: Tensor,
+    old_value_T: Tensor,
+    return_T: Tensor,
+    *,
+    denominator: float | Tensor,
+    mask_T: Tensor | None = None,
+    clip: float = 0.2,
+) -> Tensor:
+    """PPO's ½ max((V − R)², (clip(V, V_old ± clip) − R)²), token-mean."""
+    clipped_T = torch.minimum(torch.maximum(value_T, old_value_T - clip), old_value_T + clip)
+    loss_T = 0.5 * torch.maximum((value_T - return_T).square(), (clipped_T - return_T).square())
+    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+
+
+def pretraining_mix(
+    logprob_T: Tensor, *, denominator: float | Tensor, gamma: float = 27.8, mask_T: Tensor | None = None
+) -> Tensor:
+    """InstructGPT's PPO-ptx term, −γ log π of pretraining tokens; added to the policy's loss, or its gradient to theirs.
+
+    The paper gives γ = 27.8 but not what the sum is divided by, and γ means something only with that: the global number of
+    these tokens (token-mean), of examples (example-mean), or 1 (sum).
+    """
+    return weighted_sum(-gamma * _counted(logprob_T, mask_T), denominator=denominator, mask_T=mask_T)
 
 
 def _counted(values_T: Tensor, mask_T: Tensor | None) -> Tensor:

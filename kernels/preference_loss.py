@@ -1,20 +1,26 @@
 """Losses of preference pairs, as pure functions of sequence log-probabilities.
 
 **Math** Each docstring gives its formula, with lp_w, lp_l the policy's log-probabilities of the chosen and the rejected
-  response, h = lp_policy − lp_reference, and |y| a response's number of counted tokens. σ is the logistic function.
+  response, h = lp_policy − lp_reference, and |y| a response's number of counted tokens. σ is the logistic function, Δ is
+  h_w − h_l. Where TRL has the name, β, sums and defaults are TRL's unless the docstring says otherwise.
 **Shapes** every tensor is [B], one number per pair (kto: per response); the loss is [B], and its mean is the caller's.
 **Dtypes** those of the inputs: pass fp32 sums.
 **Traffic** a few numbers per pair.
 **Source** beside each formula. Where one name means different mathematics, the docstring says which is meant.
-**Limits** Nothing is summed here: every sequence sum or mean comes from token log-probabilities upstream. These are
+**Limits** Sequence sums and means come from token log-probabilities, by `sequence_sum`. These are
   elementwise torch on any device; no kernel will replace them, and the formulas are their own references.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
+
+from .sequence_sum import sequence_sum
 
 
 def dpo(
@@ -157,6 +163,213 @@ def cpo(
     `nll_chosen_B` is the mean negative log-likelihood of the chosen sequence (TRL). Averages and γ > 0 make CPO-SimPO.
     """
     return simpo(policy_chosen_B, policy_rejected_B, beta=beta, gamma=gamma) + alpha * nll_chosen_B
+
+
+def exo_pair(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> Tensor:
+    """σ(βΔ)(log σ(βΔ) − log(1 − ε)) + σ(−βΔ)(log σ(−βΔ) − log ε): KL of the policy's preference to the label's.
+
+    arXiv 2402.00856, eq. 16. ε > 0: 1e-3 is the paper's.
+    """
+    if not 0.0 < label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 < label_smoothing < 1: the paper takes 1e-3")
+    margin_B = beta * _margin(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    kept_B, flipped_B = logsigmoid(margin_B), logsigmoid(-margin_B)
+    rest = math.log1p(-label_smoothing), math.log(label_smoothing)
+    return kept_B.exp() * (kept_B - rest[0]) + flipped_B.exp() * (flipped_B - rest[1])
+
+
+def nca_pair(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """−log σ(β h_w) − ½ log σ(−β h_w) − ½ log σ(−β h_l). arXiv 2402.05369."""
+    chosen_B, rejected_B = beta * (policy_chosen_B - reference_chosen_B), beta * (policy_rejected_B - reference_rejected_B)
+    return -logsigmoid(chosen_B) - 0.5 * logsigmoid(-chosen_B) - 0.5 * logsigmoid(-rejected_B)
+
+
+def bco_pair(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+    shift: float = 0.0,
+) -> Tensor:
+    """−log σ(β h_w − δ) − log σ(−(β h_l − δ)). arXiv 2404.04656, whose δ is a running mean of rewards; TRL's pair has none."""
+    chosen_B, rejected_B = beta * (policy_chosen_B - reference_chosen_B), beta * (policy_rejected_B - reference_rejected_B)
+    return -logsigmoid(chosen_B - shift) - logsigmoid(shift - rejected_B)
+
+
+def sppo_hard(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """(h_w − 1/(2β))² + (h_l + 1/(2β))²: SPPO with probabilities of 1 and 0. arXiv 2405.00675, eq. 4.7; its η is 1/β."""
+    chosen_B, rejected_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    return (chosen_B - 0.5 / beta).square() + (rejected_B + 0.5 / beta).square()
+
+
+def aot(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    is_paired: bool = True,
+) -> Tensor:
+    """DPO's loss of the difference of *sorted* values over the batch. arXiv 2406.05882.
+
+    Paired: sorted lp_w − lp_l against the reference's sorted; unpaired: sorted h_w against sorted h_l. The batch is the
+    distribution, so the loss of half a batch is not half the loss: gather the values over ranks first.
+    """
+    _check_share("label_smoothing", label_smoothing)
+    if is_paired:
+        one_B, other_B = policy_chosen_B - policy_rejected_B, reference_chosen_B - reference_rejected_B
+    else:
+        one_B, other_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    margin_B = beta * (one_B.sort(0).values - other_B.sort(0).values)
+    return -(1 - label_smoothing) * logsigmoid(margin_B) - label_smoothing * logsigmoid(-margin_B)
+
+
+def apo_zero(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """(1 − σ(β h_w)) + σ(β h_l): chosen up, rejected down. arXiv 2408.06266, eq. 7. (Unpaired: `kto` with baseline 0.)"""
+    chosen_B, rejected_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    return torch.sigmoid(-beta * chosen_B) + torch.sigmoid(beta * rejected_B)
+
+
+def apo_down(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """σ(β h_w) + (1 − σ(βΔ)): both down, rejected more; for chosen answers worse than the model's. arXiv 2408.06266, eq. 8."""
+    margin_B = _margin(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    return torch.sigmoid(beta * (policy_chosen_B - reference_chosen_B)) + torch.sigmoid(-beta * margin_B)
+
+
+def discopop(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    beta: float = 0.1,
+    tau: float = 0.05,
+) -> Tensor:
+    """(1 − m)(−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ). arXiv 2406.08414, eq. 5."""
+    margin_B = beta * _margin(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    mix_B = torch.sigmoid(margin_B / tau)
+    return -(1 - mix_B) * logsigmoid(margin_B) + mix_B * torch.exp(-margin_B)
+
+
+def f_dpo(
+    policy_chosen_B: Tensor,
+    policy_rejected_B: Tensor,
+    reference_chosen_B: Tensor,
+    reference_rejected_B: Tensor,
+    *,
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"],
+    beta: float = 0.1,
+    alpha: float = 0.5,
+) -> Tensor:
+    """−log σ(β(f'(e^h_w) − f'(e^h_l))) for the divergence that holds the policy to the reference. arXiv 2309.16240.
+
+    f' up to a constant: h (reverse_kl, which is DPO), −e^−h (forward_kl), log σ(h) (js), e^((α−1)h)/(α−1) (alpha, α ≠ 1,
+    its exponent at most 80, as in TRL).
+    """
+    scores = {
+        "reverse_kl": lambda h_B: h_B,
+        "forward_kl": lambda h_B: -torch.exp(-h_B),
+        "js": logsigmoid,
+        "alpha": lambda h_B: torch.exp(((alpha - 1) * h_B).clamp(max=80.0)) / (alpha - 1),
+    }
+    if divergence not in scores or (divergence == "alpha" and alpha == 1):
+        raise ValueError(f"divergence is {divergence!r} (alpha {alpha}); expected one of {list(scores)}, and alpha not 1")
+    score = scores[divergence]
+    chosen_B, rejected_B = score(policy_chosen_B - reference_chosen_B), score(policy_rejected_B - reference_rejected_B)
+    return -logsigmoid(beta * (chosen_B - rejected_B))
+
+
+def length_desensitised(
+    logprob_T: Tensor, cu_seqlens: Tensor, shared_length_B: Tensor, *, alpha: float, mask_T: Tensor | None = None
+) -> Tensor:
+    """LD-DPO's sequence log-probability [B]: the first `shared_length` counted tokens whole, those behind them times α.
+
+    `shared_length` is the shorter response's counted length, for both of a pair. Goes into `dpo`. arXiv 2409.06411.
+    """
+    counted_T = torch.ones_like(logprob_T) if mask_T is None else mask_T.to(logprob_T.dtype)
+    token_T = torch.arange(len(logprob_T), device=logprob_T.device)
+    sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True).clamp(max=len(shared_length_B) - 1)
+    so_far_T = counted_T.cumsum(0)
+    before_B = torch.cat([so_far_T.new_zeros(1), so_far_T])[cu_seqlens[:-1].long()]
+    place_T = so_far_T - before_B[sequence_T]  # 1 at a sequence's first counted token
+    weight_T = counted_T * torch.where(place_T <= shared_length_B[sequence_T], 1.0, alpha)
+    clean_T = logprob_T if mask_T is None else torch.where(mask_T, logprob_T, 0.0)
+    return sequence_sum(clean_T, cu_seqlens, weight_T=weight_T)
+
+
+def wpo_weight(logprob_T: Tensor, sum_p2_T: Tensor, cu_seqlens: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
+    """WPO's weight of a response [B], exp(mean over counted tokens of (lp − log Σ p²)), detached: how likely the policy is to
+    say it, against what it expects of itself. A pair's loss is multiplied by both. arXiv 2406.11827, eq. 2; Σ p² comes
+    from `linear_logprob(..., sum_p2=True)`.
+    """
+    counted_T = torch.ones_like(logprob_T) if mask_T is None else mask_T.to(logprob_T.dtype)
+    aligned_T = torch.where(counted_T > 0, logprob_T - sum_p2_T.log(), 0.0).detach()
+    return torch.exp(sequence_sum(aligned_T, cu_seqlens) / sequence_sum(counted_T, cu_seqlens).clamp(min=1))
+
+
+# Reward models: rewards instead of log-probabilities.
+
+
+def bradley_terry(
+    reward_chosen_B: Tensor, reward_rejected_B: Tensor, *, margin_B: Tensor | float = 0.0, centring: float = 0.0
+) -> Tensor:
+    """−log σ(r_w − r_l − margin) + η (r_w + r_l)²; the margin is Llama 2's, η (TRL: 0.01) centres rewards at 0."""
+    loss_B = -logsigmoid(reward_chosen_B - reward_rejected_B - margin_B)
+    return loss_B + centring * (reward_chosen_B + reward_rejected_B).square()
+
+
+def ranking(reward_B: Tensor, rank_B: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """InstructGPT's: −Σ over pairs of log σ(r_better − r_worse), divided by C(K, 2), one number per prompt. arXiv 2203.02155.
+
+    The K completions of a prompt are consecutive, prompts bounded by cu_seqlens [P + 1]; rank 1 is best. A tie is no pair, but
+    C(K, 2) counts all K; a prompt of fewer than two completions has loss 0. All pairs of a prompt from K forwards.
+    """
+    length_P = cu_seqlens.long().diff()
+    prompt_B = torch.repeat_interleave(length_P, output_size=len(reward_B))
+    is_pair_BB = (prompt_B[:, None] == prompt_B) & (rank_B[:, None] < rank_B)
+    loss_BB = torch.where(is_pair_BB, -logsigmoid(reward_B[:, None] - reward_B), 0.0)
+    num_pairs_P = (length_P * (length_P - 1) // 2).clamp(min=1)
+    return sequence_sum(loss_BB.sum(1), cu_seqlens) / num_pairs_P
 
 
 def _margin(policy_chosen_B: Tensor, policy_rejected_B: Tensor, chosen_B: Tensor, rejected_B: Tensor) -> Tensor:

@@ -5,20 +5,29 @@ import math
 import pytest
 import torch
 
+from warpline.kernels.linear_logprob import linear_logprob
 from warpline.kernels.policy_loss import (
     cispo,
     clipped_surrogate,
+    clipped_value_loss,
     dapo,
+    dppo,
     dr_grpo,
+    gmpo,
     group_advantage,
     grpo,
     gspo,
+    kimi,
     kl_k1,
     kl_k2,
     kl_k3,
+    luspo,
     ppo,
+    pretraining_mix,
     rloo,
+    sapo,
     sequence_mean_weight,
+    vespo,
     weighted_sum,
 )
 
@@ -70,7 +79,33 @@ def plain(name, logprob_T, old_T, advantage_T):
         "gspo": lambda: sum(clipped(geometric(s), advantage_T[s[0]], 0.05, 0.06) for s in groups) / 3,
         "rloo": lambda: sum(clipped(whole(s), advantage_T[s[0]]) for s in groups) / 3,
         "cispo": lambda: -(ratio_T.detach().clip(0.0, 1.1) * advantage_T * logprob_T)[MASK].sum() / num_counted,
+        "cispo absolute": lambda: -(ratio_T.detach().clip(max=0.9) * advantage_T * logprob_T)[MASK].sum() / num_counted,
+        "sapo": lambda: sum(soft(s).mean() for s in groups) / 3,
+        "gmpo": lambda: sum(-advantage_T[s[0]] * one_sided(s).mean().exp() for s in groups) / 3,
+        "luspo": lambda: sum(len(s) * clipped(geometric(s), advantage_T[s[0]], 0.05, 0.06) for s in groups) / 3,
+        "vespo": lambda: -sum((phi(s) * advantage_T[s] * logprob_T[s]).sum() for s in groups) / num_counted,
+        "kimi": lambda: -(((ratio_T.log().abs() <= 0.25) * advantage_T * logprob_T)[MASK]).sum() / num_counted,
+        "dppo": lambda: sum(trust_region(i) for s in groups for i in s) / num_counted,
     }
+
+    def soft(s):
+        tau = torch.where(advantage_T[s] > 0, 1.0, 1.05)
+        return -advantage_T[s] * torch.sigmoid(tau * (ratio_T[s] - 1)) * 4 / tau
+
+    def one_sided(s):
+        log_ratio = logprob_T[s] - old_T[s]
+        return log_ratio.clamp(max=0.1) if advantage_T[s[0]] >= 0 else log_ratio.clamp(min=-0.1)
+
+    def phi(s):
+        k, lam = (2.0, 3.0) if advantage_T[s[0]] >= 0 else (3.0, 2.0)
+        w = whole(s).detach()
+        return math.exp(lam) * w**k * torch.exp(-lam * w)
+
+    def trust_region(i):
+        moved = (logprob_T[i].exp() - old_T[i].exp()).item()
+        is_dropped = moved > 0.05 if advantage_T[i] > 0 else moved < -0.05
+        return (0 if is_dropped else -advantage_T[i] * ratio_T[i]) + 1e-3 * (logprob_T[i] - old_T[i]) ** 2
+
     return losses[name]()
 
 
@@ -88,11 +123,37 @@ def ours(name, logprob_T, old_T, advantage_T, advantage_B, tokens=slice(0, 9), c
         "gspo": lambda: gspo(*inputs, mask_T=mask_T, cu_seqlens=cu, denominator=3, clip_low=0.05, clip_high=0.06),
         "rloo": lambda: rloo(*inputs[:2], advantage_B, mask_T=mask_T, cu_seqlens=cu, denominator=3),
         "cispo": lambda: cispo(*inputs, mask_T=mask_T, denominator=num_counted, clip_high=0.1),
+        "cispo absolute": lambda: cispo(*inputs, mask_T=mask_T, denominator=num_counted, clip_high=0.9, bound="absolute"),
+        "sapo": lambda: sapo(*inputs, mask_T=mask_T, weight_T=weight_T, denominator=3),
+        "gmpo": lambda: gmpo(
+            *inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=3, log_clip_low=0.1, log_clip_high=0.1
+        ),
+        "luspo": lambda: luspo(
+            *inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=3, clip_low=0.05, clip_high=0.06
+        ),
+        "vespo": lambda: vespo(*inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=num_counted),
+        "kimi": lambda: kimi(*inputs, mask_T=mask_T, denominator=num_counted, low=-0.25, high=0.25),
+        "dppo": lambda: dppo(*inputs, mask_T=mask_T, denominator=num_counted, limit=0.05),
     }
     return losses[name]()
 
 
-NAMES = ["ppo", "dapo", "grpo", "dr_grpo", "gspo", "rloo", "cispo"]
+NAMES = [
+    "ppo",
+    "dapo",
+    "grpo",
+    "dr_grpo",
+    "gspo",
+    "rloo",
+    "cispo",
+    "cispo absolute",
+    "sapo",
+    "gmpo",
+    "luspo",
+    "vespo",
+    "kimi",
+    "dppo",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +193,12 @@ def test_gradient_on_policy_is_the_policy_gradient(name):
     logprob_T, old_T, advantage_B, advantage_T = make(0.0)
     gradient_T = torch.autograd.grad(ours(name, logprob_T, old_T, advantage_T, advantage_B), logprob_T)[0]
     weight_T = sequence_mean_weight(CU, 9, mask_T=MASK, dtype=torch.float64) / 3
-    weights = {"grpo": weight_T, "gspo": weight_T, "rloo": MASK.double() / 3, "dr_grpo": MASK.double() / 48}
+    weights = {
+        **dict.fromkeys(("grpo", "gspo", "sapo", "gmpo"), weight_T),
+        **dict.fromkeys(("rloo", "luspo"), MASK.double() / 3),
+        "dr_grpo": MASK.double() / 48,
+        "cispo absolute": 0.9 * MASK.double() / 7,
+    }
     same(gradient_T, -advantage_T * weights.get(name, MASK.double() / 7))
 
 
@@ -184,6 +250,8 @@ def test_advantages_are_those_worked_by_hand():
     same(group_advantage(reward_B, 3, normalise="none"), centred)
     same(group_advantage(reward_B, 3), centred / (std + 1e-4))
     same(group_advantage(reward_B, 3, normalise="leave_one_out")[:3], torch.tensor([1.0, -0.5, -0.5]).double())
+    same(group_advantage(reward_B, 3, normalise="group_mean")[:3], torch.tensor([2.0, -1.0, -1.0]).double())
+    assert (group_advantage(torch.zeros(4), 4, normalise="group_mean") == 0).all()
 
 
 def test_kl_estimators_have_their_values_and_gradients():
@@ -225,3 +293,89 @@ def test_bad_input_is_named_with_its_remedy():
         ppo(logprob_T, logprob_T, logprob_T, denominator=1, clip_low=2, clip_high=0)
     with pytest.raises(ValueError, match="dual_clip is 1"):
         ppo(logprob_T, logprob_T, logprob_T, denominator=1, dual_clip=1)
+
+
+def test_the_value_loss_takes_the_worse_of_clipped_and_free():
+    value = torch.tensor([1.0, 1.0, 1.0, 9.0], requires_grad=True)
+    old, returns = torch.tensor([0.5, 1.1, 0.5, 0.0]), torch.tensor([2.0, 2.0, 0.0, 0.0])
+    mask = torch.tensor([1, 1, 1, 0]).bool()
+    loss = clipped_value_loss(value, old, returns, denominator=3, mask_T=mask, clip=0.2)
+    same(loss, torch.tensor(0.5 * (1.3**2 + 1.0 + 1.0) / 3), 1e-6)
+    same(torch.autograd.grad(loss, value)[0], torch.tensor([0.0, -1 / 3, 1 / 3, 0.0]), 1e-6)
+
+
+def test_the_pretraining_mix_is_gamma_times_the_nll_over_what_is_said():
+    logprob_T = torch.tensor([-1.0, -2.0, torch.nan]).double()
+    mask_T = torch.tensor([True, True, False])
+    same(pretraining_mix(logprob_T, denominator=2, mask_T=mask_T), torch.tensor(27.8 * 1.5, dtype=torch.float64))
+
+
+# ---- Against Liger's chunked GRPO, from hidden states to gradients ----
+
+LIGER = {
+    "grpo": {"loss_type": "grpo"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 11},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "cispo absolute": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo"},
+}
+
+
+@pytest.mark.parametrize("name", LIGER)
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_policy_losses_are_ligers(name, kl):
+    """Three completions of up to 7 tokens; the KL term is k3 against a reference, under each loss's own aggregation."""
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+
+    def random(*shape, seed, scale=1.0):
+        return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    hidden, weight = random(3, 7, 5, seed=1).requires_grad_(), random(13, 5, seed=2, scale=0.5).requires_grad_()
+    target = torch.randint(0, 13, (3, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(3, 7)
+    mask[0, 5:], mask[2, 3:] = 0, 0
+    advantage_B, is_counted_T = torch.tensor([1.0, -0.7, 0.4]), mask.reshape(-1).bool()
+    logprob_T = linear_logprob(hidden.reshape(-1, 5), weight, target.reshape(-1)).logprob_T
+    old_T = (logprob_T + random(21, seed=4, scale=0.15)).detach()
+    reference_T = (logprob_T + random(21, seed=5, scale=0.2)).detach()
+    theirs = chunked.LigerFusedLinearGRPOLoss(beta=kl, compiled=False, use_ref_model=kl > 0, **LIGER[name])
+    expected, _ = theirs(
+        hidden,
+        weight,
+        target,
+        mask,
+        advantage_B,
+        ref_per_token_logps=reference_T.view(3, 7),
+        old_per_token_logps=old_T.view(3, 7),
+    )
+    cu = torch.arange(0, 22, 7)
+    weight_T = sequence_mean_weight(cu, 21, mask_T=is_counted_T)
+    num_counted, advantage_T = int(mask.sum()), advantage_B.repeat_interleave(7)
+    token = {"mask_T": is_counted_T, "denominator": num_counted}
+    per_sequence = {"mask_T": is_counted_T, "cu_seqlens": cu, "denominator": 3}
+    length_T = is_counted_T * mask.sum(1).repeat_interleave(7)
+    pair = (logprob_T, old_T)
+    ours, kl_options = {
+        "grpo": (lambda: grpo(*pair, advantage_T, weight_T=weight_T, mask_T=is_counted_T, denominator=3), (weight_T, 3)),
+        "gspo": (lambda: gspo(*pair, advantage_T, clip_low=0.2, clip_high=0.2, **per_sequence), (weight_T, 3)),
+        "dr_grpo": (lambda: dr_grpo(*pair, advantage_T, mask_T=is_counted_T, denominator=33), (None, 33)),
+        "dapo": (lambda: dapo(*pair, advantage_T, **token), (None, num_counted)),
+        "cispo absolute": (lambda: cispo(*pair, advantage_T, clip_high=1.1, bound="absolute", **token), (None, num_counted)),
+        "sapo": (lambda: sapo(*pair, advantage_T, weight_T=weight_T, mask_T=is_counted_T, denominator=3), (weight_T, 3)),
+        # Liger's LUSPO spreads a sequence's loss over S = 7 columns, and takes their mean.
+        "luspo": (lambda: luspo(*pair, advantage_B, clip_low=0.2, clip_high=0.2, **per_sequence), (length_T / 7, 3)),
+        "vespo": (lambda: vespo(*pair, advantage_B, cu_seqlens=cu, **token), (None, num_counted)),
+    }[name]
+    loss = ours()
+    if kl and name == "luspo":
+        pytest.skip("Liger's LUSPO adds the KL of padding tokens too: it is not a sum over counted tokens")
+    if kl:
+        term_T = kl_k3(logprob_T, reference_T)
+        loss = loss + kl * weighted_sum(term_T, mask_T=is_counted_T, weight_T=kl_options[0], denominator=kl_options[1])
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-6)
+    gradients = [torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (loss, expected)]
+    for d, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(d, wanted, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,32 @@ import math
 import pytest
 import torch
 
-from warpline.kernels.preference_loss import cpo, dpo, hinge, ipo, kto, kto_baseline, orpo, robust_dpo, simpo
+from warpline.kernels.linear_logprob import linear_logprob
+from warpline.kernels.preference_loss import (
+    aot,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    bradley_terry,
+    cpo,
+    discopop,
+    dpo,
+    exo_pair,
+    f_dpo,
+    hinge,
+    ipo,
+    kto,
+    kto_baseline,
+    length_desensitised,
+    nca_pair,
+    orpo,
+    ranking,
+    robust_dpo,
+    simpo,
+    sppo_hard,
+    wpo_weight,
+)
+from warpline.kernels.sequence_sum import sequence_sum
 
 CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED = -12.0, -15.0, -13.5, -14.0
 H_W, H_L = CHOSEN - REF_CHOSEN, REJECTED - REF_REJECTED
@@ -14,6 +39,9 @@ DELTA = H_W - H_L
 
 def sigma(x):
     return 1 / (1 + math.exp(-x))
+
+
+QW = sigma(0.3 * DELTA)
 
 
 def number(x):
@@ -43,6 +71,53 @@ CASES = {
         lambda *a: ipo(*a, beta=0.5, chosen_length_B=torch.tensor([4]), rejected_length_B=torch.tensor([5])),
         (H_W / 4 - H_L / 5 - 1) ** 2,
         2 * (H_W / 4 - H_L / 5 - 1) / 4,
+    ),
+    # From here on TRL's names and formulas, derived again by hand; β is 0.3, ε 0.1.
+    "exo": (
+        lambda *a: exo_pair(*a, beta=0.3, label_smoothing=0.1),
+        QW * math.log(QW / 0.9) + (1 - QW) * math.log((1 - QW) / 0.1),
+        0.3 * QW * (1 - QW) * (math.log(QW / 0.9) - math.log((1 - QW) / 0.1)),
+    ),
+    "nca": (
+        lambda *a: nca_pair(*a, beta=0.3),
+        -math.log(sigma(0.3 * H_W)) - 0.5 * math.log(sigma(-0.3 * H_W)) - 0.5 * math.log(sigma(-0.3 * H_L)),
+        0.3 * (-sigma(-0.3 * H_W) + 0.5 * sigma(0.3 * H_W)),
+    ),
+    "bco": (
+        lambda *a: bco_pair(*a, beta=0.3, shift=0.2),
+        -math.log(sigma(0.3 * H_W - 0.2)) - math.log(sigma(0.2 - 0.3 * H_L)),
+        -0.3 * sigma(0.2 - 0.3 * H_W),
+    ),
+    "sppo": (lambda *a: sppo_hard(*a, beta=0.5), (H_W - 1) ** 2 + (H_L + 1) ** 2, 2 * (H_W - 1)),
+    "apo zero": (
+        lambda *a: apo_zero(*a, beta=0.3),
+        1 - sigma(0.3 * H_W) + sigma(0.3 * H_L),
+        -0.3 * sigma(0.3 * H_W) * sigma(-0.3 * H_W),
+    ),
+    "apo down": (
+        lambda *a: apo_down(*a, beta=0.3),
+        sigma(0.3 * H_W) + 1 - sigma(0.3 * DELTA),
+        0.3 * sigma(0.3 * H_W) * sigma(-0.3 * H_W) - 0.3 * sigma(0.3 * DELTA) * sigma(-0.3 * DELTA),
+    ),
+    "f-DPO, reverse KL": (
+        lambda *a: f_dpo(*a, divergence="reverse_kl", beta=0.3),
+        -math.log(sigma(0.3 * DELTA)),
+        -0.3 * sigma(-0.3 * DELTA),
+    ),
+    "f-DPO, forward KL": (
+        lambda *a: f_dpo(*a, divergence="forward_kl", beta=0.3),
+        -math.log(sigma(0.3 * (math.exp(-H_L) - math.exp(-H_W)))),
+        -0.3 * sigma(-0.3 * (math.exp(-H_L) - math.exp(-H_W))) * math.exp(-H_W),
+    ),
+    "f-DPO, Jensen-Shannon": (
+        lambda *a: f_dpo(*a, divergence="js", beta=0.3),
+        -math.log(sigma(0.3 * math.log(sigma(H_W) / sigma(H_L)))),
+        -0.3 * sigma(-0.3 * math.log(sigma(H_W) / sigma(H_L))) * sigma(-H_W),
+    ),
+    "f-DPO, alpha": (
+        lambda *a: f_dpo(*a, divergence="alpha", beta=0.3, alpha=0.5),
+        -math.log(sigma(0.3 * -2 * (math.exp(-0.5 * H_W) - math.exp(-0.5 * H_L)))),
+        -0.3 * sigma(0.3 * 2 * (math.exp(-0.5 * H_W) - math.exp(-0.5 * H_L))) * math.exp(-0.5 * H_W),
     ),
 }
 
@@ -124,3 +199,139 @@ def test_bad_options_are_named():
         ipo(*four(), chosen_length_B=torch.ones(1))
     with pytest.raises(ValueError, match=r"is_desirable is torch\.int64"):
         kto(number(0.0), number(0.0), torch.ones(1, dtype=torch.int64), 0.0)
+
+
+def test_discopop_blends_the_logistic_and_the_exponential_loss():
+    inputs = four()
+    loss = discopop(*inputs, beta=0.3, tau=0.5)
+    mix, logistic, exponential = sigma(0.3 * DELTA / 0.5), -math.log(sigma(0.3 * DELTA)), math.exp(-0.3 * DELTA)
+    assert loss.item() == pytest.approx((1 - mix) * logistic + mix * exponential, abs=1e-12)
+    assert torch.autograd.gradcheck(lambda x: discopop(x, *inputs[1:], beta=0.3, tau=0.5), inputs[0])
+
+
+def test_aot_compares_sorted_values_of_the_whole_batch():
+    chosen, rejected = torch.tensor([-3.0, -1.0, -2.0]), torch.tensor([-4.0, -4.5, -2.5])
+    reference = torch.tensor([-2.0, -2.0, -3.0]), torch.tensor([-3.0, -5.0, -2.0])
+    paired = sorted([1.0, 3.5, 0.5]), sorted([1.0, 3.0, -1.0])
+    unpaired = sorted([-1.0, 1.0, 1.0]), sorted([-1.0, 0.5, -0.5])
+    for is_paired, (one, other) in ((True, paired), (False, unpaired)):
+        expected = [-math.log(sigma(0.4 * (a - b))) for a, b in zip(one, other, strict=True)]
+        assert aot(chosen, rejected, *reference, beta=0.4, is_paired=is_paired).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_length_desensitised_sums_weigh_what_is_behind_the_shorter_answer():
+    logprob_T = torch.tensor([9.0, -1.0, -2.0, -3.0, -4.0, 9.0, -5.0, -6.0]).double()
+    mask_T = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]).bool()
+    cu_seqlens = torch.tensor([0, 5, 8])
+    sums = length_desensitised(logprob_T, cu_seqlens, torch.tensor([2, 2]), alpha=0.25, mask_T=mask_T)
+    assert sums.tolist() == [-1 - 2 - 0.25 * 7, -11]
+    dirty = logprob_T.masked_fill(~mask_T, torch.nan)
+    assert torch.equal(length_desensitised(dirty, cu_seqlens, torch.tensor([2, 2]), alpha=0.25, mask_T=mask_T), sums)
+
+
+def test_wpo_weighs_an_answer_by_how_likely_it_is_against_what_was_to_be_expected():
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).double()
+    said = torch.tensor([0, 1, 2])
+    logprob_T = p.gather(1, said[:, None])[:, 0].log().requires_grad_()
+    weight = wpo_weight(logprob_T, p.square().sum(1), torch.tensor([0, 2, 3]))
+    expected = [math.sqrt(0.5 / 0.375 * 0.2 / 0.54), 0.8 / 0.66]
+    assert weight.tolist() == pytest.approx(expected, abs=1e-6) and not weight.requires_grad
+
+
+def test_reward_model_losses_are_those_of_their_papers():
+    better, worse = torch.tensor([2.0, 0.5]).double(), torch.tensor([1.0, 1.5]).double()
+    loss = bradley_terry(better, worse, margin_B=0.5, centring=0.01)
+    assert loss.tolist() == pytest.approx([-math.log(sigma(0.5)) + 0.09, -math.log(sigma(-1.5)) + 0.04], abs=1e-12)
+    reward = torch.tensor([3.0, 1.0, 2.0, 0.0, 5.0, 1.0]).double()
+    loss = ranking(reward, torch.tensor([1, 2, 2, 3, 2, 1]), torch.tensor([0, 4, 6]))
+    gaps = [2.0, 1.0, 3.0, 1.0, 2.0]  # every pair but the tie of completions 2 and 3, of 4 over 2 = 6
+    expected = [sum(-math.log(sigma(gap)) for gap in gaps) / 6, -math.log(sigma(-4.0))]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-12)
+    assert ranking(reward[:1], torch.tensor([1]), torch.tensor([0, 1])).tolist() == [0.0]
+
+
+# ---- Against Liger's chunked losses, from hidden states to gradients ----
+
+
+LIGER = {
+    "sigmoid": lambda *a: dpo(*a),
+    "hinge": lambda *a: hinge(*a),
+    "exo_pair": lambda *a: exo_pair(*a, label_smoothing=0.1),
+    "nca_pair": lambda *a: nca_pair(*a),
+    "robust": lambda *a: robust_dpo(*a, label_smoothing=0.1),
+    "bco_pair": lambda *a: bco_pair(*a),
+    "sppo_hard": lambda *a: sppo_hard(*a),
+    "apo_zero": lambda *a: apo_zero(*a),
+    "apo_down": lambda *a: apo_down(*a),
+    "discopop": lambda *a: discopop(*a),
+}
+
+
+class Pairs:
+    """Hidden states of 3 pairs as Liger wants them, chosen first, [6, S, D], with prompts and padding ignored."""
+
+    def __init__(self):
+        def random(*shape, seed):
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+        self.hidden, self.weight = random(6, 7, 5, seed=1).requires_grad_(), random(13, 5, seed=2).requires_grad_()
+        self.reference = random(6, 7, 5, seed=3), random(13, 5, seed=4)
+        self.target = torch.randint(0, 13, (6, 7), generator=torch.Generator().manual_seed(5))
+        self.target[:, :2], self.target[1, 5:], self.target[4, 6:] = -100, -100, -100
+        self.cu_seqlens = torch.arange(0, 43, 7)
+        self.length = (self.target != -100).sum(1)
+
+    def sums(self, hidden, weight):
+        """Of every sequence's counted log-probabilities, chosen and rejected."""
+        logprob_T = linear_logprob(hidden.reshape(-1, 5), weight, self.target.reshape(-1)).logprob_T
+        return sequence_sum(logprob_T, self.cu_seqlens).chunk(2)
+
+    def all_sums(self):
+        with torch.no_grad():
+            reference = self.sums(*self.reference)
+        return *self.sums(self.hidden, self.weight), *reference
+
+    def compare(self, ours, theirs):
+        gradients = [torch.autograd.grad(loss, (self.hidden, self.weight)) for loss in (ours, theirs)]
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+        for d, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(d, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LIGER)
+def test_the_dpo_family_is_ligers(name):
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    pairs = Pairs()
+    theirs = chunked.LigerFusedLinearDPOLoss(loss_type=name, label_smoothing=0.1, compiled=False)
+    loss, *_ = theirs(pairs.weight, pairs.hidden, pairs.target, None, *pairs.reference)
+    pairs.compare(LIGER[name](*pairs.all_sums()).mean(), loss)
+
+
+@pytest.mark.parametrize("name", ["orpo", "cpo", "simpo"])
+def test_losses_without_a_reference_are_ligers(name):
+    """ORPO and SimPO on averages, CPO on sums; the NLL is over the chosen tokens of the whole batch."""
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    pairs = Pairs()
+    chosen, rejected = pairs.sums(pairs.hidden, pairs.weight)
+    length, other_length = pairs.length.chunk(2)
+    nll = -chosen.sum() / length.sum()
+    averages = chosen / length, rejected / other_length
+    ours, theirs = {
+        "orpo": (lambda: orpo(*averages, nll).mean(), chunked.LigerFusedLinearORPOLoss),
+        "cpo": (lambda: cpo(chosen, rejected, nll).mean(), chunked.LigerFusedLinearCPOLoss),
+        "simpo": (lambda: (simpo(*averages, beta=0.1, gamma=0.5) + nll).mean(), chunked.LigerFusedLinearSimPOLoss),
+    }[name]
+    loss, *_ = theirs(compiled=False)(pairs.weight, pairs.hidden, pairs.target)
+    pairs.compare(ours(), loss)
+
+
+def test_kto_is_ligers():
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    pairs, labels, baseline = Pairs(), torch.tensor([1, 0, 0, 1, 1, 0]).bool(), torch.tensor(0.3)
+    policy = torch.cat(pairs.sums(pairs.hidden, pairs.weight))
+    with torch.no_grad():
+        reference = torch.cat(pairs.sums(*pairs.reference))
+    theirs = chunked.LigerFusedLinearKTOLoss(compiled=False, use_ref_model=True)
+    arguments = {"preference_labels": labels, "ref_input": pairs.reference[0], "ref_weight": pairs.reference[1], "kl": baseline}
+    loss, *_ = theirs(pairs.hidden, pairs.weight, pairs.target, **arguments)
+    pairs.compare(kto(policy, reference, labels, baseline).mean(), loss)
