@@ -15,11 +15,10 @@ import math
 from contextlib import nullcontext
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .logit_block import KINDS, LOWEST, Coefficient, Divergence, PairStatistic, Side, Statistic, Targets, Wanted
+from .triton_jit import constant, jit, tl, triton
 
 # Columns of one tile of a row and warps of a program: 16 elements a thread, 8 of each side where there are two. Unmeasured on
 # a GPU: chosen so that no kernel spills on sm_80, sm_90 and sm_100 (tests/kernels/resources.json; with 4096 columns of
@@ -27,20 +26,20 @@ from .logit_block import KINDS, LOWEST, Coefficient, Divergence, PairStatistic, 
 COLUMNS_PER_TILE = 4096
 NUM_WARPS = 8
 
-_LOWEST = tl.constexpr(LOWEST)
+_LOWEST = constant(LOWEST)
 # Rows of the statistics and the coefficients; a maximum is row 0 of each.
-_MAX, _SUM = tl.constexpr(int(Statistic.MAX)), tl.constexpr(int(Statistic.SUM))
-_SUM_Z, _SUM_SQUARES = tl.constexpr(int(Statistic.SUM_Z)), tl.constexpr(int(Statistic.SUM_SQUARES))
-_SUM_LOGITS, _ARGMAX = tl.constexpr(int(Statistic.SUM_LOGITS)), tl.constexpr(int(Statistic.ARGMAX))
-_TEACHER_MAX, _TEACHER_SUM = tl.constexpr(int(PairStatistic.TEACHER_MAX)), tl.constexpr(int(PairStatistic.TEACHER_SUM))
-_CROSS, _LOG_SUM = tl.constexpr(int(PairStatistic.CROSS)), tl.constexpr(int(Coefficient.LOG_SUM))
-_A, _B = tl.constexpr(int(Coefficient.A)), tl.constexpr(int(Coefficient.B))
-_C, _K = tl.constexpr(int(Coefficient.C)), tl.constexpr(int(Coefficient.K))
+_MAX, _SUM = constant(int(Statistic.MAX)), constant(int(Statistic.SUM))
+_SUM_Z, _SUM_SQUARES = constant(int(Statistic.SUM_Z)), constant(int(Statistic.SUM_SQUARES))
+_SUM_LOGITS, _ARGMAX = constant(int(Statistic.SUM_LOGITS)), constant(int(Statistic.ARGMAX))
+_TEACHER_MAX, _TEACHER_SUM = constant(int(PairStatistic.TEACHER_MAX)), constant(int(PairStatistic.TEACHER_SUM))
+_CROSS, _LOG_SUM = constant(int(PairStatistic.CROSS)), constant(int(Coefficient.LOG_SUM))
+_A, _B = constant(int(Coefficient.A)), constant(int(Coefficient.B))
+_C, _K = constant(int(Coefficient.C)), constant(int(Coefficient.K))
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-_FORWARD_KL, _REVERSE_KL = tl.constexpr(_KIND_NUMBER["forward_kl"]), tl.constexpr(_KIND_NUMBER["reverse_kl"])
+_FORWARD_KL, _REVERSE_KL = constant(_KIND_NUMBER["forward_kl"]), constant(_KIND_NUMBER["reverse_kl"])
 
 
-@triton.jit
+@jit
 def _tanh(x):
     """Within 2 ulp: its series below 1/4, where 1 − exp(−2x) would cancel."""
     square = x * x
@@ -50,7 +49,7 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
 
 
-@triton.jit
+@jit
 def _logit(product, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     z = product
     if HAS_BIAS:
@@ -63,7 +62,7 @@ def _logit(product, bias, columns, inside, softcap, inverse_temperature, HAS_BIA
     return z
 
 
-@triton.jit
+@jit
 def _slope(z, softcap, inverse_temperature, HAS_CAP: tl.constexpr):
     slope = inverse_temperature
     if HAS_CAP:
@@ -72,14 +71,14 @@ def _slope(z, softcap, inverse_temperature, HAS_CAP: tl.constexpr):
     return slope
 
 
-@triton.jit
+@jit
 def _log_mixture(log_s, log_t, log_beta, log_rest):
     x, y = log_t + log_beta, log_s + log_rest
     top = tl.maximum(x, y)
     return top + tl.log(1.0 + tl.exp(tl.minimum(x, y) - top))
 
 
-@triton.jit
+@jit
 def statistics_kernel(
     product, product_stride, bias, target, target_stride, statistics, statistics_stride, picked, picked_stride,
     num_targets, first_column, width, softcap, inverse_temperature,
@@ -137,7 +136,7 @@ def statistics_kernel(
     tl.store(picked + row * picked_stride + entry, logit, mask=found)
 
 
-@triton.jit
+@jit
 def pair_statistics_kernel(
     product, product_stride, bias, softcap, inverse_temperature,
     teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp,
@@ -184,7 +183,7 @@ def pair_statistics_kernel(
     tl.store(statistics + _CROSS * statistics_stride, cross)
 
 
-@triton.jit
+@jit
 def divergence_kernel(
     product, product_stride, bias, softcap, inverse_temperature, coefficients, coefficients_stride,
     teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp, normaliser, normaliser_stride,
@@ -219,7 +218,7 @@ def divergence_kernel(
     tl.store(sums + sums_stride + row, sum_s)
 
 
-@triton.jit
+@jit
 def gradient_kernel(
     product, product_stride, bias, softcap, inverse_temperature, coefficients, coefficients_stride,
     target, target_stride, d_target, d_target_stride, num_targets, first_column, out, out_stride, width,
@@ -265,7 +264,7 @@ def gradient_kernel(
         tl.store(out + local, d_at_target.to(out.dtype.element_ty), mask=found)
 
 
-@triton.jit
+@jit
 def _softmax_gradient(lp, a, b, c, k, HAS_B: tl.constexpr, HAS_C: tl.constexpr, HAS_K: tl.constexpr):
     p = tl.exp(lp)
     factor = a
@@ -279,7 +278,7 @@ def _softmax_gradient(lp, a, b, c, k, HAS_B: tl.constexpr, HAS_C: tl.constexpr, 
     return d
 
 
-@triton.jit
+@jit
 def divergence_gradient_kernel(
     product, product_stride, bias, softcap, inverse_temperature, coefficients, coefficients_stride,
     teacher, teacher_stride, teacher_bias, teacher_softcap, teacher_inverse_temp, normaliser, normaliser_stride,
