@@ -346,8 +346,6 @@ def logit_block(device: torch.device) -> LogitBlock:
 @functools.cache
 def interprets() -> bool:
     """Whether Triton is here, and in its interpreter mode."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
+    from .triton_jit import triton
+
+    return triton is not None and bool(triton.knobs.runtime.interpret)
