@@ -44,10 +44,10 @@ optimizer = {{ learning_rate = 1e-2 }}
 
 
 def test_two_processes_train_what_one_does(tmp_path, start_folder, text_run):
-    """The same global batches on 1 and 2 ranks: losses to 1e-5, weights to 1e-6 but for one in a thousand.
+    """The same global batches on 1 and 2 ranks: losses to 1e-5, weights to 1/500 of an update but for one in 1000.
 
     fp32 sums come in another order, and AdamW divides a gradient by its own size: of one near zero, rounding decides the
-    direction (a weight in 6,000 was seen 6e-5 off, at a rate of 1e-2).
+    direction (seen at a rate of 1e-2: one weight in a thousand 5e-6 off, one in 6,000 6e-5).
     """
     data = text_run / "data"
     (tmp_path / "sft.toml").write_text(CONFIG.format(start=start_folder, files=data / "sft.jsonl", text=text_run))
@@ -75,7 +75,7 @@ def test_two_processes_train_what_one_does(tmp_path, start_folder, text_run):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-5) and second["tokens"] == first["tokens"]
     weights = [load_file(weight_file(tmp_path / name)) for name in ("one", "two")]
     errors = torch.cat([(tensor - weights[1][name]).abs().flatten() for name, tensor in weights[0].items()])
-    assert errors.quantile(0.999) <= 1e-6 and errors.max() <= 1e-3
+    assert errors.quantile(0.999) <= 2e-5 and errors.max() <= 1e-3
 
 
 def weight_file(run: Path) -> Path:
