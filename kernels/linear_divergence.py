@@ -220,23 +220,23 @@ def _backward(
     coefficients[Coefficient.A] = pair.kept(upstream_T)
     is_partial = call.shard.group_name is not None and call.reduce_d_hidden
     asked = Needed(*needed, len(inputs.weight_VD), is_partial)
-    num_tokens = pair.student.tokens_per_chunk(blocking.backward_elements // 2, blocking.backward_columns)
+    num_tokens = pair.student.tokens_per_chunk(blocking.backward_elements, blocking.backward_columns)
     gradients = Gradients(pair.hidden_XD, pair.student, asked, -(-len(pair.hidden_XD) // num_tokens))
     with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
-        for chunk, teacher_chunk in pair.chunks(blocking.backward_elements // 2, blocking.backward_columns):
+        for chunk, teacher_chunk in pair.chunks(blocking.backward_elements, blocking.backward_columns):
             gradients.begin(chunk)
-            size, tokens = chunk.size, chunk.tokens
             for columns in pair.student.columns(blocking.backward_columns):
-                shape = (chunk.num_padded, columns.stop - columns.start)
-                block, teacher_block = pair.like.new_empty(shape), pair.like.new_empty(shape)
-                whole = slice(0, chunk.num_padded)
-                chunk.products(whole, pair.student, columns, block)
-                teacher_chunk.products(whole, pair.teacher, columns, teacher_block)
+                block = pair.like.new_empty(chunk.num_padded, columns.stop - columns.start)
                 out = written_over(block, pair.student.form)
-                student = pair.student.side(block[:size], columns)
-                teacher = pair.teacher.side(teacher_block[:size], columns)
-                at = (coefficients[:, tokens], tables[1][:, tokens])
-                pair.steps.divergence_gradient(student, teacher, call.divergence, *at, out[:size])
+                for rows in chunk.rows(columns, pair.student.form):
+                    here, tokens = chunk.inside(rows), chunk.of_batch(rows)
+                    teacher_block = torch.empty_like(block[rows])
+                    chunk.products(rows, pair.student, columns, block[rows])
+                    teacher_chunk.products(rows, pair.teacher, columns, teacher_block)
+                    student = pair.student.side(block[here], columns)
+                    teacher = pair.teacher.side(teacher_block[: here.stop - here.start], columns)
+                    at = (coefficients[:, tokens], tables[1][:, tokens])
+                    pair.steps.divergence_gradient(student, teacher, call.divergence, *at, out[here])
                 gradients.add(columns, out)
             gradients.end()
     d_hidden = gradients.d_hidden_TD

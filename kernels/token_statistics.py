@@ -192,17 +192,16 @@ def backward(
     with torch.autocast(hidden_XD.device.type, enabled=False):
         for chunk in chunks(hidden_XD, num_tokens, head.form):
             gradients.begin(chunk)
-            tokens = chunk.tokens
             for columns in head.columns(blocking.backward_columns):
-                width = columns.stop - columns.start
-                block = table.new_empty(chunk.num_padded, width)
-                chunk.products(slice(0, chunk.num_padded), head, columns, block)
+                block = table.new_empty(chunk.num_padded, columns.stop - columns.start)
                 out = written_over(block, head.form)
-                target = Targets(target_XC[tokens], call.shard.start + columns.start)
-                d_target = None if d_target_XC is None else d_target_XC[tokens]
-                size = chunk.size
-                side = head.side(block[:size], columns)
-                steps.gradient(side, table[:, tokens], target, d_target, upstream.present, out[:size])
+                for rows in chunk.rows(columns, head.form):
+                    chunk.products(rows, head, columns, block[rows])
+                    here, tokens = chunk.inside(rows), chunk.of_batch(rows)
+                    target = Targets(target_XC[tokens], call.shard.start + columns.start)
+                    d_target = None if d_target_XC is None else d_target_XC[tokens]
+                    side = head.side(block[here], columns)
+                    steps.gradient(side, table[:, tokens], target, d_target, upstream.present, out[here])
                 gradients.add(columns, out)
             gradients.end()
     return _finished(gradients, inputs, kept_T, call)
@@ -283,11 +282,14 @@ def _add_kept_gradients(
     saved = (values[6], values[7], values[2], values[4])
     table, d_target_X1 = coefficients_of(saved, upstream, target_X1, call.shard.size)
     head, steps, chunk = gradients.head, logit_block(target_X1.device), gradients.chunk
-    size = chunk.size
+    assert d_target_X1 is not None
     for columns, buffer in zip(head.columns(head.form.blocking.columns), kept, strict=True):
         block = buffer[: chunk.num_padded]
         out = written_over(block, head.form)
-        target = Targets(target_X1, columns.start)
-        steps.gradient(head.side(block[:size], columns), table, target, d_target_X1, upstream.present, out[:size])
+        for rows in chunk.rows(columns, head.form):
+            here = chunk.inside(rows)
+            target = Targets(target_X1[here], columns.start)
+            side = head.side(block[here], columns)
+            steps.gradient(side, table[:, here], target, d_target_X1[here], upstream.present, out[here])
         gradients.add(columns, out)
     gradients.end()

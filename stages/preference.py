@@ -1,4 +1,4 @@
-"""Preference optimisation (DPO, IPO) on pairs, against the frozen model that training starts from.
+"""Preference optimisation (DPO and its relatives) on pairs, against the frozen model that training starts from.
 
 Run     warpline preference configs/preference/own_data.toml
 Reads   `files` of `prompt`/`chosen`/`rejected` (text or messages), a model folder (`start`), which is also the reference
@@ -17,7 +17,19 @@ from torch import Tensor
 
 from ..data.conversation import Pair, read_preferences
 from ..data.packing import PackedBatch
-from ..kernels.preference_loss import dpo, ipo
+from ..kernels.preference_loss import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    dpo,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    robust_dpo,
+    sppo_hard,
+)
 from ..kernels.sequence_sum import sequence_sum
 from ..models.decoder import Decoder
 from ..parallel.mesh import Mesh
@@ -29,14 +41,18 @@ from .parts.tokens import microbatches, num_tokens, sample_order, token_stats
 
 
 class PreferenceConfig(TrainingConfig):
-    """`dpo` on summed log-probabilities; `ipo` on their means per token (the authors' convention), β is its τ.
+    """`loss` names a function of `kernels/preference_loss.py`, on summed log-probabilities; `ipo` on their means per token (the
+    authors' convention), β is its τ, and so is `dpo_norm`, which is `dpo` on means.
 
     `sft_weight` adds that share of the chosen completion's negative log-likelihood per token, so that it does not fall with
     the rejected one's (Llama 3 uses 0.2 beside DPO).
     """
 
     tokens_per_step: PositiveInt
-    loss: Literal["dpo", "ipo"] = "dpo"
+    loss: Literal[
+        "dpo", "dpo_norm", "ipo", "robust_dpo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+        "discopop",
+    ] = "dpo"  # fmt: skip
     beta: PositiveFloat = 0.1
     sft_weight: NonNegativeFloat = 0.0
     max_tokens: PositiveInt = 2048
@@ -51,7 +67,11 @@ class PreferenceStageConfig(PreferenceConfig):
     parallel: ParallelConfig = ParallelConfig()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dpo": dpo, "dpo_norm": dpo, "ipo": ipo, "robust_dpo": robust_dpo, "hinge": hinge, "exo_pair": exo_pair, "nca_pair": nca_pair,
+    "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero, "apo_down": apo_down, "discopop": discopop,
+}  # fmt: skip
+AVERAGED = ("ipo", "dpo_norm")  # take means per token
 
 
 def main(config: PreferenceStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
@@ -78,7 +98,7 @@ def main(config: PreferenceStageConfig, run: RunFolder, mesh: Mesh, stop: StopSi
                 policy_B, length_B = sequence_logprobs(session.decoder, batch)
                 with torch.no_grad():
                     frozen_B, _ = sequence_logprobs(reference, batch)
-            divisor_B = length_B if config.loss == "ipo" else torch.ones_like(length_B)
+            divisor_B = length_B if config.loss in AVERAGED else torch.ones_like(length_B)
             policy, frozen = policy_B / divisor_B, frozen_B / divisor_B
             losses_B = LOSSES[config.loss](policy[::2], policy[1::2], frozen[::2], frozen[1::2], beta=config.beta)
             losses_B = losses_B - config.sft_weight * (policy_B / length_B)[::2]

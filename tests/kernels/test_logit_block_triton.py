@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from warpline.kernels.logit_block import Coefficient, Divergence, LogitMap, Side, Targets, Wanted, logit_block
+from warpline.kernels.logit_block import (
+    Coefficient,
+    Divergence,
+    LogitMap,
+    Side,
+    Targets,
+    Wanted,
+    logit_block,
+    new_statistics,
+)
 
 pytest.importorskip("triton")
 from warpline.kernels import logit_block_triton as module
@@ -73,6 +82,28 @@ def test_double_precision_is_refused_with_the_remedy():
     steps, side = logit_block(torch.device("cpu")), Side(product, None, LogitMap())
     with pytest.raises(ValueError, match=r"received torch\.float64, expected fp32; for fp64 move the inputs to the CPU"):
         steps.statistics(side, Targets(torch.zeros(2, 1).long(), 0), product, product, Wanted())
+
+
+@pytest.mark.interpreter
+@pytest.mark.interpreter_only
+def test_rows_further_apart_than_32_bits_can_count_are_reached(tmp_path):
+    """Three rows 2^31 numbers apart, in a sparse file of 16 GiB of which only the rows exist."""
+    stride, width = 2**31, 5
+    path = tmp_path / "sparse.bin"
+    with path.open("wb") as file:
+        file.truncate(4 * (2 * stride + width))
+    memory = torch.from_file(str(path), shared=True, size=2 * stride + width)
+    product = memory.as_strided((3, width), (stride, 1))
+    product.copy_(random(3, width, seed=1))
+    near = product.clone()
+    steps, target = logit_block(torch.device("cpu")), Targets(torch.tensor([[1], [4], [2]]), 0)
+    found = []
+    for values in (product, near):
+        statistics, picked = new_statistics(3, 1, near)
+        steps.statistics(Side(values, None, LogitMap()), target, statistics, picked, Wanted(True, True, True, True))
+        steps.gradient(Side(values, None, LogitMap()), table_of(values.clone()), target, random(3, 1, seed=2), Wanted(), values)
+        found.append((statistics, picked, values.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def _constants(name: str) -> tuple[object, dict]:

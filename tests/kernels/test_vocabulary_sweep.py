@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,6 +82,15 @@ def test_memory_beyond_the_gradients_has_a_ceiling_that_tokens_do_not_raise(name
     # d_weight's accumulator is scaled into d_weight itself, and the step's temporaries are of the size of its block.
     ceiling = 4 * (2 * weight.numel() + blocking.kept_elements + 6 * blocking.backward_elements + 64 * 2048)
     assert extra[2048] <= ceiling < 4 * 2048 * entries
+
+
+@pytest.mark.slow
+def test_cross_entropy_takes_an_eighth_of_the_memory_of_full_logits():
+    """T=4096, D=512, V=32768 in fp32, forward and backward; both hold the gradients' 72 MiB as well."""
+    hidden, weight, _, target = head_of(4096, 512, 32768)
+    ours = peak_bytes(lambda: torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight)))
+    full = peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), target), (hidden, weight)))
+    assert ours <= full / 8, (ours / 2**20, full / 2**20)
 
 
 # ---- The same bits ----

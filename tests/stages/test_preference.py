@@ -4,6 +4,7 @@ import math
 import pytest
 
 from warpline.stages.parts.config import OptimizerConfig
+from warpline.stages.preference import LOSSES
 
 
 def lines_of(folder):
@@ -57,3 +58,14 @@ def test_a_pair_of_equal_answers_is_refused(stage_runner, tmp_path):
     (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     with pytest.raises(ValueError, match=r"same.jsonl:1: chosen and rejected are the same"):
         stage_runner("preference", tmp_path / "run", files=[str(tmp_path / "same.jsonl")])
+
+
+def test_every_loss_of_the_config_is_a_function_that_starts_where_its_formula_says(stage_runner, tmp_path):
+    """At step 0 the policy is the reference: all log-ratios are 0, β is 0.1."""
+    at_zero = {"dpo_norm": math.log(2), "hinge": 1.0, "nca_pair": 2 * math.log(2), "bco_pair": 2 * math.log(2), "sppo_hard": 50.0,
+               "apo_zero": 1.0, "apo_down": 1.0, "discopop": 0.5 * math.log(2) + 0.5, "robust_dpo": math.log(2),
+               "exo_pair": 0.5 * math.log(0.5 / 0.999) + 0.5 * math.log(0.5 / 0.001)}  # fmt: skip
+    assert {*at_zero, "dpo", "ipo"} == set(LOSSES)
+    for name, expected in at_zero.items():
+        stage_runner("preference", tmp_path / name, steps=1, loss=name)
+        assert lines_of(tmp_path / name)[0]["loss"] == pytest.approx(expected, rel=1e-4)
