@@ -5,6 +5,8 @@ Shapes    values_T, weight_T [T]; cu_seqlens int32 or int64 [B+1]; output [B].
 Dtypes    in: fp64, fp32, bf16, fp16; summed and returned in fp64 if an input is fp64, else fp32.
 Traffic   forward 2 reads per token, backward 2 reads and a write for each gradient.
 Source    GSPO's sequence ratios, arXiv:2507.18071, and DPO's sequence log-probabilities, arXiv:2305.18290.
+          With a `group`, whose ranks hold parts of the same B sequences (context parallelism): one all-reduce of [B] forward,
+          none backward, since every rank has the whole dsum.
 Limits    Tokens past the last boundary count for nothing, whatever they hold; an empty sequence sums to 0.
           Tokens of a sequence are added in one order, so equal inputs give equal bits.
 """
@@ -12,6 +14,7 @@ Limits    Tokens past the last boundary count for nothing, whatever they hold; a
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,13 +54,31 @@ def _scaled(d_T: Tensor, like_T: Tensor, factor_T: Tensor) -> Tensor:
     return gradient_T
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank goes on with the whole sum, so its gradient is whole, and no rank's part is counted twice."""
+
+    @staticmethod
+    def forward(ctx, sum_B, group):
+        total_B = sum_B.clone()
+        dist.all_reduce(total_B, group=group)
+        return total_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total_B):
+        return d_total_B, None
+
+
 # Dispatch by device: the Triton kernel will replace the entry of "cuda".
 _IMPLEMENTATIONS = {"cpu": _SequenceSum.apply, "cuda": _SequenceSum.apply}
 
 
-def sequence_sum(values_T: Tensor, cu_seqlens: Tensor, *, weight_T: Tensor | None = None) -> Tensor:
-    """Per-sequence sums, differentiable in values and weights. On CPU, and on CUDA until the Triton kernel, an
-    indexed sum; it reads the last boundary on the host."""
+def sequence_sum(
+    values_T: Tensor, cu_seqlens: Tensor, *, weight_T: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Per-sequence sums, differentiable in values and weights; with `group`, of all its ranks' parts of each sequence (a
+    rank without a part has an empty sequence there). On CPU, and on CUDA until the Triton kernel, an indexed sum; it
+    reads the last boundary on the host."""
     num_tokens = values_T.numel()
     if values_T.dim() != 1 or (weight_T is not None and weight_T.shape != values_T.shape):
         received = f"values {list(values_T.shape)}, weights {None if weight_T is None else list(weight_T.shape)}"
@@ -73,4 +94,5 @@ def sequence_sum(values_T: Tensor, cu_seqlens: Tensor, *, weight_T: Tensor | Non
         expected = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"sequence_sum: received device {values_T.device.type}, expected one of {expected}; move it")
     weight_T = values_T.new_ones(()).expand(num_tokens) if weight_T is None else weight_T
-    return _IMPLEMENTATIONS[values_T.device.type](values_T, weight_T, cu_seqlens)
+    sum_B = _IMPLEMENTATIONS[values_T.device.type](values_T, weight_T, cu_seqlens)
+    return sum_B if group is None else _SumOverRanks.apply(sum_B, group)

@@ -50,8 +50,8 @@ class PreferenceConfig(TrainingConfig):
 
     tokens_per_step: PositiveInt
     loss: Literal[
-        "dpo", "dpo_norm", "ipo", "robust_dpo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-        "discopop",
+        "dpo", "dpo_norm", "ipo", "robust_dpo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
+        "apo_down", "discopop",
     ] = "dpo"  # fmt: skip
     beta: PositiveFloat = 0.1
     sft_weight: NonNegativeFloat = 0.0
@@ -68,8 +68,9 @@ class PreferenceStageConfig(PreferenceConfig):
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "dpo": dpo, "dpo_norm": dpo, "ipo": ipo, "robust_dpo": robust_dpo, "hinge": hinge, "exo_pair": exo_pair, "nca_pair": nca_pair,
-    "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero, "apo_down": apo_down, "discopop": discopop,
+    "dpo": dpo, "dpo_norm": dpo, "ipo": ipo, "robust_dpo": robust_dpo, "hinge": hinge, "exo_pair": exo_pair,
+    "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero, "apo_down": apo_down,
+    "discopop": discopop,
 }  # fmt: skip
 AVERAGED = ("ipo", "dpo_norm")  # take means per token
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from warpline.kernels.linear_divergence import linear_divergence, linear_topk, linear_topk_divergence
 from warpline.kernels.linear_logprob import linear_cross_entropy, linear_logprob
+from warpline.kernels.sequence_sum import sequence_sum
 from warpline.kernels.vocabulary_sweep import BLOCKING, Blocking
 
 BLOCKING["cpu"] = Blocking(rows=8, columns=4, elements=32, backward_columns=5, backward_elements=80, kept_elements=208)
@@ -142,6 +143,20 @@ def partial_d_hidden(case: Case) -> float:
     return error(d_hidden, expected)
 
 
+def sequence_sums() -> float:
+    """Sequences cut into ranks' parts, some of them empty, against the whole."""
+    num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    values, weight, cu = random(12, seed=7).requires_grad_(), random(12, seed=8), torch.tensor([0, 5, 5, 12])
+    ends = [3 * i for i in range(num_ranks)] + [12]
+    lo, hi = ends[rank], ends[rank + 1]
+    own = values.detach()[lo:hi].requires_grad_()
+    parts = sequence_sum(own, cu.clamp(lo, hi) - lo, weight_T=weight[lo:hi], group=dist.group.WORLD)
+    whole = sequence_sum(values, cu, weight_T=weight)
+    upstream = random(3, seed=9)
+    d_own = torch.autograd.grad(parts, own, upstream)[0]
+    return max(error(parts, whole), error(d_own, torch.autograd.grad(whole, values, upstream)[0][lo:hi]))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -153,6 +168,7 @@ def main() -> None:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             found[f"{name}{', padded' if is_padded else ''}"] = worst.item()
     found["partial d_hidden"] = partial_d_hidden(Case(False))
+    found["sequence sums"] = sequence_sums()
     counts = collectives(Case(False))
     if dist.get_rank() == 0:
         json.dump({"errors": found, "collectives": counts}, sys.stdout)
