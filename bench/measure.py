@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def line_of(row: Row) -> str:
     shape = " ".join(f"{name}={size}" for name, size in row.shape.items())
     parts = [f"{row.operation:<34} {shape:<28} {row.dtype:<5} {row.candidate:<22} {row.milliseconds:9.3f} ms ±{row.spread:.3f}"]
     figures = (
-        ("{:6.1f} TFLOP/s", row.tflops), ("{:7.1f} GB/s", row.gbytes_per_second), ("{:.2f} × products", row.of_bare_products),
+        ("{:6.3g} TFLOP/s", row.tflops), ("{:7.1f} GB/s", row.gbytes_per_second), ("{:.2f} × products", row.of_bare_products),
         ("{:8.1f} MiB", row.peak_mib), ("error {:.1e}", row.error), ("(eager {:.1e})", row.eager_error),
     )  # fmt: skip
     parts += [words.format(number) for words, number in figures if number is not None]
@@ -124,7 +124,7 @@ def absent(module: str) -> str | None:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], device: torch.device, seconds: float = 1.0
+    candidates: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float = 1.0
 ) -> dict[str, tuple[float, float]]:
     """Median and interquartile range, in milliseconds, of each candidate: A, B, C, A, B, C … after a warm-up of each."""
     timer = _gpu_milliseconds if device.type == "cuda" else _cpu_milliseconds

@@ -14,52 +14,20 @@ Shapes    dense: q [B, S, N, H], k [B, S', K, H], v [B, S', K, H'], output [B, S
 Dtypes    in: fp64, fp32, bf16, fp16 (q, k, v alike); statistics, sums and lse: fp64 for fp64, else fp32; output:
           q's, or `out_dtype`. Autocast is disabled inside.
 Traffic   forward 2·N·(H + H')·pairs FLOPs, backward 2.5 times that for H = H'; q, k, v, o read or written once.
-Source    FlashAttention-2, arXiv:2307.08691; packing of grouped heads as in multi-query decoding, arXiv:1911.02150.
-Limits    The torch path reads cu_seqlens and query_offset on the host (a device sync on CUDA, none on the CPU). It
-          never holds a score block larger than MAX_BLOCK_ELEMENTS, or one query row of one document if that is larger.
-          No dropout, no ALiBi. First-order gradients only.
+Source    FlashAttention-2, arXiv:2307.08691; sinks, arXiv:2309.17453 and gpt-oss.
+Limits    Contents of cu_seqlens and query_offset are checked on the CPU only: reading them would stop a GPU. No dropout, no
+          ALiBi. First-order gradients only.
 """
 
-from functools import partial
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# Elements of the largest score block of the torch path (N·S·S' of the documents taken together): 2 MiB in fp32.
-# AMD EPYC (Zen 3), one thread, fp32, N=4 K=2 H=32, torch 2.13, best of 7, forward + backward of 16 documents of 512 at
-# 2^17 / 2^19 / 2^21: 187 / 177 / 256 ms; of 100 of 64: 36 / 32 / 34 ms. torch's fused kernel, used wherever it can be:
-# 146 and 24 ms; of 133 documents of 30-60 tokens: 21 ms, against 26 ms in blocks (2026-11-23).
-MAX_BLOCK_ELEMENTS = 2**19
-# Documents are padded to the longest of their group: less than 1/4 longer than themselves, or than 8 positions.
-GROUPS_PER_OCTAVE = 4
-MIN_GROUP_STEP = 8
-
-
-class _Rule(NamedTuple):
-    """Which keys a query sees, and what happens to its scores."""
-
-    causal: bool
-    window: int | None
-    softcap: float | None
-    scale: float
-    return_lse: bool
-    out_dtype: torch.dtype
-
-
-def _stat_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _visible(rule: _Rule, query_position: Tensor, key_position: Tensor) -> Tensor:
-    """Bool mask from positions that broadcast against each other."""
-    distance = query_position - key_position
-    visible = distance >= 0 if rule.causal else torch.ones_like(distance, dtype=torch.bool)
-    if rule.window is not None:
-        visible = visible & (distance < rule.window) & (distance > -rule.window)
-    return visible
+from .attention_backend import Request, choose, runs_triton
+from .attention_torch import Rule, attention_torch, visible_keys
 
 
 def attention_reference(
@@ -84,8 +52,8 @@ def attention_reference(
         position_R = torch.arange(k.shape[1], device=q.device)
         is_query_S = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
         same_SR = is_query_S[:, None]
-    rule = _Rule(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale, return_lse, q.dtype)
-    visible_BNSR = (_visible(rule, position_BS1, position_R) & same_SR)[:, None]
+    rule = Rule(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale, return_lse, q.dtype)
+    visible_BNSR = (visible_keys(rule, position_BS1, position_R) & same_SR)[:, None]
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     score_BNSR = torch.einsum("bsnh,brnh->bnsr", q, k) * rule.scale
     if softcap is not None:
@@ -110,315 +78,86 @@ def _document_and_position(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor,
     return document_T, token_T - cu_seqlens[document_T]
 
 
-# ---- The torch path, part 1: packed documents to padded groups of similar length, and back ----
+# ---- The registered operators, for compiled callers: Triton's kernels on CUDA, the torch path elsewhere ----
 
 
-class _Layout(NamedTuple):
-    """Where packed tokens lie in the padded buffer of P slots, groups one after the other."""
-
-    token_P: Tensor  # the token in each slot; 0 in padding
-    padding: Tensor  # the slots that hold none
-    slot_T: Tensor  # the slot of each token before the last boundary
-    num_tokens: int  # with those past it
-    sizes: list[int]  # slots of each group
-    widths: list[int]  # positions of a document in each group
+def _request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, offsets, offset, options, out_dtype) -> Request:
+    causal, window, softcap, scale = options
+    rule = Rule(causal, window, softcap, scale, True, out_dtype)
+    return Request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule, offset if offsets is None else offsets)
 
 
-def _group_width(length_B: Tensor) -> Tensor:
-    """Lengths rounded up to a quarter of their octave: the key by which documents are grouped."""
-    octave_B = torch.log2(length_B.clamp(min=1).double()).floor().long()
-    step_B = (2**octave_B).div(GROUPS_PER_OCTAVE, rounding_mode="floor").clamp(min=MIN_GROUP_STEP)
-    return (length_B + step_B - 1).div(step_B, rounding_mode="floor") * step_B
+@torch.library.custom_op("warpline::attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, sinks_N: Tensor | None,
+    offsets: Tensor | None, offset: int, causal: bool, window: int | None, softcap: float | None, scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    options = (causal, window, softcap, scale)
+    request = _request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, offsets, offset, options, out_dtype)
+    if runs_triton(q):
+        from .attention_triton import forward
+
+        return forward(q, k, v, sinks_N, request.call(), out_dtype)
+    out, lse = attention_torch(*request.torch_arguments())
+    return out.contiguous(), lse.contiguous()
 
 
-def _layout(start_B: Tensor, length_B: Tensor, group_B: Tensor, count_G: Tensor, num_tokens: int) -> _Layout:
-    """Documents of one group_B keep their order."""
-    width_G = start_B.new_ones(count_G.numel()).scatter_reduce(0, group_B, length_B, "amax")
-    order_B = torch.argsort(group_B, stable=True)
-    width_sorted_B = width_G[group_B[order_B]]
-    first_slot_B = torch.empty_like(start_B)
-    first_slot_B[order_B] = width_sorted_B.cumsum(0) - width_sorted_B
-    sizes = (width_G * count_G).tolist()
-    token_T = torch.arange(int(length_B.sum()), device=start_B.device)
-    slot_T = token_T + (first_slot_B - start_B).repeat_interleave(length_B)
-    token_P = torch.full((sum(sizes),), -1, dtype=torch.long, device=start_B.device)
-    token_P[slot_T] = token_T
-    padding = (token_P < 0).nonzero()[:, 0]
-    return _Layout(token_P.clamp_(min=0), padding, slot_T, num_tokens, sizes, width_G.tolist())
+@_attention_op.register_fake
+def _(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, offsets, offset, causal, window, softcap, scale, out_dtype):
+    out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=out_dtype)
+    shape = (q.shape[1], q.shape[0]) if cu_seqlens is not None else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _pad_tokens(x_T: Tensor, layout: _Layout) -> Tensor:
-    if x_T.shape[0] == 0:
-        return x_T.new_zeros(layout.token_P.numel(), *x_T.shape[1:])
-    return x_T.index_select(0, layout.token_P).index_fill_(0, layout.padding, 0)
+@torch.library.custom_op("warpline::attention_backward", mutates_args=())
+def _attention_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, sinks_N: Tensor | None,
+    offsets: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor, offset: int, causal: bool,
+    window: int | None, softcap: float | None, scale: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = (causal, window, softcap, scale)
+    request = _request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, offsets, offset, options, out_dtype)
+    if runs_triton(q):
+        from .attention_triton_backward import backward
+
+        gradients: tuple[Any, ...] = backward((q, k, v, sinks_N, out, lse), d_out, d_lse, request.call())
+    else:
+        gradients = _torch_gradients(request, d_out, d_lse)
+    d_q, d_k, d_v, d_sinks = gradients
+    return d_q, d_k, d_v, q.new_empty(0) if d_sinks is None else d_sinks
 
 
-def _unpad_tokens(x_P: Tensor, layout: _Layout, fill: float = 0.0) -> Tensor:
-    num_used = layout.slot_T.numel()
-    x_T = x_P.new_empty(layout.num_tokens, *x_P.shape[1:])
-    x_T[num_used:] = fill
-    torch.index_select(x_P, 0, layout.slot_T, out=x_T[:num_used])
-    return x_T
+def _torch_gradients(request: Request, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+    """The torch path has its backward in autograd's graph, so its forward runs again."""
+    inputs = [None if x is None else x.detach().requires_grad_() for x in (request.q, request.k, request.v, request.sinks_N)]
+    again = request._replace(q=inputs[0], k=inputs[1], v=inputs[2], sinks_N=inputs[3])  # type: ignore[arg-type]
+    with torch.enable_grad():
+        outputs = attention_torch(*again.torch_arguments())
+    present = [x for x in inputs if x is not None]
+    gradients = iter(torch.autograd.grad(outputs, present, (d_out, d_lse)))
+    return tuple(None if x is None else next(gradients).contiguous() for x in inputs)
 
 
-class _Move(torch.autograd.Function):
-    """Both directions are gathers: a scatter costs seven of them on the CPU (8192 x 128 fp32, 2 cores)."""
-
-    @staticmethod
-    def forward(ctx, x, layout, move, inverse):
-        ctx.inverse = layout, inverse
-        return move(x, layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        layout, inverse = ctx.inverse
-        return inverse(d_y, layout), None, None, None
+@_attention_backward_op.register_fake
+def _(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, *rest):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sinks_N is None else torch.empty_like(sinks_N)
 
 
-# ---- The torch path, part 2: blocks of scores ----
+def _save_for_op(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options, ctx.has_sinks = inputs[7:], inputs[5] is not None
 
 
-class _Tile(NamedTuple):
-    documents: slice
-    queries: slice
-    keys: slice  # those that any of the queries may see
+def _backward_of_op(ctx, d_out, d_lse):
+    d_q, d_k, d_v, d_sinks = _attention_backward_op(*ctx.saved_tensors, d_out.contiguous(), d_lse.contiguous(), *ctx.options)
+    return d_q, d_k, d_v, None, None, d_sinks if ctx.has_sinks else None, None, *[None] * len(ctx.options)
 
 
-def _tiles(rule: _Rule, shape: tuple[int, int, int, int], offset: int | Tensor):
-    """Tiles of at most MAX_BLOCK_ELEMENTS scores over [documents, queries, keys] of N heads."""
-    num_documents, num_queries, num_keys, num_heads = shape
-    documents = min(max(1, MAX_BLOCK_ELEMENTS // max(1, num_heads * num_queries * num_keys)), max(1, num_documents))
-    rows = max(1, min(num_queries, MAX_BLOCK_ELEMENTS // (documents * num_heads * num_keys)))
-    lowest, highest = _offset_range(offset)
-    for first in range(0, num_documents, documents):
-        for row in range(0, num_queries, rows):
-            last_row = min(row + rows, num_queries)
-            begin, end = 0, num_keys
-            if rule.window is not None:
-                begin = min(max(0, row + lowest - rule.window + 1), num_keys - 1)
-                end = max(begin + 1, min(end, last_row + highest + rule.window - 1))
-            if rule.causal:
-                end = max(begin + 1, min(end, last_row + highest))
-            yield _Tile(slice(first, first + documents), slice(row, last_row), slice(begin, end))
+_attention_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
 
 
-def _offset_range(offset: int | Tensor) -> tuple[int, int]:
-    if isinstance(offset, int):
-        return offset, offset
-    return (int(offset.min()), int(offset.max())) if offset.numel() else (0, 0)
-
-
-def _bias(rule: _Rule, tile: _Tile, offset: int | Tensor, key_length_B: Tensor | None, like: Tensor) -> Tensor | None:
-    """0 where a query sees a key, −inf elsewhere, [B or 1, 1, S, S'] of the tile; None where it sees all."""
-    if not rule.causal and rule.window is None and key_length_B is None:
-        return None
-    query_S1 = torch.arange(tile.queries.start, tile.queries.stop, device=like.device)[:, None]
-    key_1R = torch.arange(tile.keys.start, tile.keys.stop, device=like.device)[None, :]
-    shift = offset if isinstance(offset, int) else offset[tile.documents, None, None]
-    visible = _visible(rule, query_S1 + shift, key_1R)
-    visible = visible if visible.dim() == 3 else visible[None]
-    if key_length_B is not None:
-        visible = visible & (key_1R < key_length_B[tile.documents, None, None])
-    zero = torch.zeros((), dtype=_stat_dtype(like), device=like.device)
-    return torch.where(visible, zero, -torch.inf)[:, None]
-
-
-def _fold(x_BSNH: Tensor, num_kv_heads: int) -> Tensor:
-    """[B, S, N, H] to [B·K, (N/K)·S, H]: the query heads of one key head become rows of one product."""
-    x = x_BSNH.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).to(_stat_dtype(x_BSNH))
-    return x.reshape(x.shape[0] * num_kv_heads, -1, x.shape[-1])
-
-
-def _unfold(x: Tensor, num_documents: int, num_kv_heads: int, num_rows: int) -> Tensor:
-    """The inverse of `_fold`, as a view [B, S, K, N/K, H]."""
-    return x.view(num_documents, num_kv_heads, -1, num_rows, x.shape[-1]).permute(0, 3, 1, 2, 4)
-
-
-class _Problem(NamedTuple):
-    rule: _Rule
-    offset: int | Tensor
-    key_length_B: Tensor | None
-    is_plain: bool  # every query sees a key, and neither lse nor sinks are asked for
-
-
-class _TileState(NamedTuple):
-    """What forward and backward both need of a tile; the folded tensors are [B·K, (N/K)·S, ...]."""
-
-    q: Tensor  # times scale
-    k: Tensor
-    v: Tensor
-    prob: Tensor
-    lse_BNS: Tensor | None
-    tanh: Tensor | None  # of the softcapped scores
-    size: tuple[int, int, int]  # documents, key heads, queries
-
-
-def _tile_state(tile: _Tile, q, k, v, sinks_N, problem: _Problem) -> _TileState:
-    rule, num_heads, num_kv_heads = problem.rule, q.shape[2], k.shape[2]
-    q_tile = _fold(q[tile.documents, tile.queries], num_kv_heads).mul(rule.scale)
-    k_tile, v_tile = (_fold(x[tile.documents, tile.keys], num_kv_heads) for x in (k, v))
-    size = q_tile.shape[0] // num_kv_heads, num_kv_heads, tile.queries.stop - tile.queries.start
-    grid = size[0], num_heads, size[2]
-    score, tanh = torch.bmm(q_tile, k_tile.transpose(1, 2)), None
-    if rule.softcap is not None:
-        tanh = score.div_(rule.softcap).tanh_()
-        score = tanh * rule.softcap
-    bias = _bias(rule, tile, problem.offset, problem.key_length_B, q)
-    if bias is not None:
-        score.view(*grid, -1).add_(bias)
-    if problem.is_plain:
-        return _TileState(q_tile, k_tile, v_tile, torch.softmax(score, -1), None, tanh, size)
-    lse_BNS = torch.logsumexp(score, -1).view(grid)
-    if sinks_N is not None:
-        lse_BNS = torch.logaddexp(lse_BNS, sinks_N.to(lse_BNS.dtype)[None, :, None].expand(grid))
-    finite_lse = lse_BNS.masked_fill(lse_BNS == -torch.inf, 0.0).view(*score.shape[:2], 1)
-    return _TileState(q_tile, k_tile, v_tile, score.sub_(finite_lse).exp_(), lse_BNS, tanh, size)
-
-
-def _block_gradients(saved, problem: _Problem, d_out: Tensor | None, d_lse: Tensor | None):
-    """Gradients of q, k, v and the sinks."""
-    q, k, v, sinks_N, out = saved
-    b, s, n, _ = q.shape
-    num_kv_heads, dtype = k.shape[2], _stat_dtype(q)
-    d_out = torch.zeros_like(out) if d_out is None else d_out
-    # do·o − dlse: what is taken from do·v before the product with p.
-    shift_BSN = torch.linalg.vecdot(d_out.to(dtype), out.to(dtype))
-    shift_BSN = shift_BSN if d_lse is None else shift_BSN - d_lse
-    d_q = q.new_empty(b, s, num_kv_heads, n // num_kv_heads, q.shape[-1])
-    d_k, d_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    d_sinks_N = None if sinks_N is None else torch.zeros(n, dtype=dtype, device=q.device)
-    for tile in _tiles(problem.rule, (b, s, k.shape[1], n), problem.offset):
-        state = _tile_state(tile, q, k, v, sinks_N, problem)
-        d_out_tile = _fold(d_out[tile.documents, tile.queries], num_kv_heads)
-        shift_BNS = shift_BSN[tile.documents, tile.queries].transpose(1, 2)
-        d_score = torch.bmm(d_out_tile, state.v.transpose(1, 2))
-        d_score.sub_(shift_BNS.reshape(*d_score.shape[:2], 1)).mul_(state.prob)
-        if state.tanh is not None:
-            d_score.mul_(1 - state.tanh.square_())
-        if d_sinks_N is not None:
-            # A sink of −inf on a row that sees nothing: exp(−inf + inf) is NaN and counts for 0.
-            weight_BNS = torch.exp(sinks_N.to(dtype)[None, :, None] - state.lse_BNS).nan_to_num(0.0)
-            d_sinks_N -= (weight_BNS * shift_BNS).sum((0, 2))
-        d_q_tile = torch.bmm(d_score, state.k).mul_(problem.rule.scale)
-        d_q[tile.documents, tile.queries] = _unfold(d_q_tile, *state.size)
-        size_k = state.size[0], num_kv_heads, tile.keys.stop - tile.keys.start
-        for total, left, right in ((d_k, d_score, state.q), (d_v, state.prob, d_out_tile)):
-            product = _unfold(torch.bmm(left.transpose(1, 2), right), *size_k)
-            total[tile.documents, tile.keys] += product[:, :, :, 0]
-    d_sinks_N = None if d_sinks_N is None else d_sinks_N.to(sinks_N.dtype)
-    return d_q.view_as(q), d_k.to(k.dtype), d_v.to(v.dtype), d_sinks_N
-
-
-class _BlockAttention(torch.autograd.Function):
-    """Attention of padded documents, tile by tile; the backward recomputes each tile's probabilities."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, sinks_N, rule, offset, key_length_B):
-        b, s, n, _ = q.shape
-        is_plain = not rule.return_lse and sinks_N is None and key_length_B is None
-        is_plain = is_plain and s <= k.shape[1] and isinstance(offset, int) and offset == 0
-        problem = _Problem(rule, offset, key_length_B, is_plain)
-        out = q.new_empty(b, s, k.shape[2], n // k.shape[2], v.shape[-1], dtype=rule.out_dtype)
-        lse = q.new_empty(b, s, n, dtype=_stat_dtype(q)) if rule.return_lse else None
-        for tile in _tiles(rule, (b, s, k.shape[1], n), offset):
-            state = _tile_state(tile, q, k, v, sinks_N, problem)
-            out[tile.documents, tile.queries] = _unfold(torch.bmm(state.prob, state.v), *state.size)
-            if lse is not None and state.lse_BNS is not None:
-                lse[tile.documents, tile.queries] = state.lse_BNS.transpose(1, 2)
-        out = out.view(b, s, n, v.shape[-1])
-        ctx.save_for_backward(q, k, v, sinks_N, out)
-        ctx.problem = problem
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_lse):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return *_block_gradients(ctx.saved_tensors, ctx.problem, d_out, d_lse), None, None, None
-
-
-# ---- The torch path, part 3: which of the two computes a padded group ----
-
-
-def _padded_attention(q, k, v, sinks_N, rule: _Rule, offset: int | Tensor, key_length_B: Tensor | None):
-    """(output [B, S, N, H'], lse [B, S, N] or None) of documents that share one padded shape."""
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    if num_keys == 0:
-        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
-        key_length_B = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
-    is_square = isinstance(offset, int) and offset == 0 and num_queries == num_keys and num_keys > 0
-    if is_square and rule.window is not None and rule.window >= num_keys:
-        rule = rule._replace(window=None)
-    is_simple = rule.window is None and rule.softcap is None and sinks_N is None and not rule.return_lse
-    is_simple = is_simple and rule.out_dtype == q.dtype and q.shape[-1] == v.shape[-1] and key_length_B is None
-    if is_simple and is_square:
-        return _fused(q, k, v, rule, None), None
-    has_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if is_simple and rule.causal and not is_square and not has_gradient:
-        lowest, highest = _offset_range(offset)
-        end = min(num_keys, num_queries + highest)
-        if lowest >= 0 and q.shape[0] * num_queries * end <= MAX_BLOCK_ELEMENTS:
-            tile = _Tile(slice(0, q.shape[0]), slice(0, num_queries), slice(0, end))
-            return _fused(q, k[:, :end], v[:, :end], rule, _bias(rule, tile, offset, None, q)), None
-    return _BlockAttention.apply(q, k, v, sinks_N, rule, offset, key_length_B)
-
-
-def _fused(q, k, v, rule: _Rule, bias: Tensor | None) -> Tensor:
-    """torch's flash kernel. Right padding needs no mask: no real query sees it, and what padding sees is dropped."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    bias = None if bias is None else bias.to(q.dtype)
-    keywords = {"is_causal": bias is None and rule.causal, "scale": rule.scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    return F.scaled_dot_product_attention(q, k, v, bias, **keywords).transpose(1, 2)
-
-
-def _packed_attention(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule: _Rule, offset: int | Tensor):
-    """(output [T, N, H'], lse [T, N] or None): documents of similar lengths are computed together."""
-    cu, cu_k = cu_seqlens.long(), cu_seqlens_k.long()
-    length_B, key_length_B = cu.diff(), cu_k.diff()
-    is_shared = cu_seqlens is cu_seqlens_k
-    key_B = _group_width(length_B)
-    if not is_shared:
-        key_B = key_B * 2**32 + _group_width(key_length_B)
-    _, group_B, count_G = torch.unique(key_B, return_inverse=True, return_counts=True)
-    layout = _layout(cu[:-1], length_B, group_B, count_G, q.shape[0])
-    layout_k = layout if is_shared else _layout(cu_k[:-1], key_length_B, group_B, count_G, k.shape[0])
-    q_groups = _Move.apply(q, layout, _pad_tokens, _unpad_tokens).split(layout.sizes)
-    k_groups, v_groups = (_Move.apply(x, layout_k, _pad_tokens, _unpad_tokens).split(layout_k.sizes) for x in (k, v))
-    needs_length = not (is_shared and rule.causal and isinstance(offset, int) and offset <= 0)
-    members = torch.argsort(group_B, stable=True).split(count_G.tolist())
-    outs, lses = [], []
-    for group, documents in enumerate(members):
-        q_group = q_groups[group].unflatten(0, (-1, layout.widths[group]))
-        k_group, v_group = (x[group].unflatten(0, (-1, layout_k.widths[group])) for x in (k_groups, v_groups))
-        group_offset = offset if isinstance(offset, int) else offset[documents]
-        group_length = key_length_B[documents] if needs_length else None
-        out, lse = _padded_attention(q_group, k_group, v_group, sinks_N, rule, group_offset, group_length)
-        outs.append(out.flatten(0, 1))
-        if lse is not None:
-            lses.append(lse.flatten(0, 1))
-    out = _Move.apply(torch.cat(outs), layout, _unpad_tokens, _pad_tokens)
-    unpad_lse = partial(_unpad_tokens, fill=-torch.inf)
-    return out, _Move.apply(torch.cat(lses), layout, unpad_lse, _pad_tokens) if rule.return_lse else None
-
-
-def _attention_torch(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule: _Rule, offset: int | Tensor):
-    with torch.autocast(q.device.type, enabled=False):
-        if cu_seqlens is None:
-            out, lse = _padded_attention(q, k, v, sinks_N, rule, offset, None)
-            return out, None if lse is None else lse.transpose(1, 2)
-        if cu_seqlens.numel() == 1:
-            lse = q.new_full(q.shape[1::-1], -torch.inf, dtype=_stat_dtype(q)) if rule.return_lse else None
-            return (q[..., :1] * 0).expand(*q.shape[:2], v.shape[-1]).nan_to_num(0.0).to(rule.out_dtype), lse
-        out, lse = _packed_attention(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule, offset)
-        return out, None if lse is None else lse.transpose(0, 1)
-
-
-# ---- Dispatch by device: the Triton kernel will replace the entry of "cuda" ----
-
-_IMPLEMENTATIONS = {"cpu": _attention_torch, "cuda": _attention_torch}
-_BACKENDS = ("auto", "torch")
+# ---- The public function ----
 
 
 def _refuse(what: str, received, expected: str, remedy: str):
@@ -436,22 +175,32 @@ def _check_tensors(q, k, v, is_packed: bool, sinks_N) -> None:
         _refuse("shapes", shapes, expected, "expand or reshape them")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         _refuse("dtypes", f"{q.dtype}, {k.dtype}, {v.dtype}", "one floating dtype", "cast q, k and v alike")
+    if not (q.device == k.device == v.device and (sinks_N is None or sinks_N.device == q.device)):
+        devices = sorted({str(x.device) for x in (q, k, v, sinks_N) if x is not None})
+        _refuse("devices", ", ".join(devices), "one", "move q, k, v and sinks_N to one device")
     if sinks_N is not None and sinks_N.shape != (q.shape[-2],):
         _refuse("sinks_N", list(sinks_N.shape), f"[{q.shape[-2]}]", "give one sink per query head")
 
 
-def _check_boundaries(name: str, cu_seqlens: Tensor, num_tokens: int) -> None:
+def _check_boundaries(name: str, cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    if cu_seqlens.device != device:
+        _refuse(name, cu_seqlens.device, str(device), "move it to q's device once, with the batch")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         received = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         _refuse(name, received, "int32 [num_sequences + 1]", "cast it with .to(torch.int32)")
-    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > num_tokens:
+    is_readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_readable and (cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > num_tokens):
         expected = f"a non-decreasing sequence from 0 to at most {num_tokens}"
         _refuse(name, cu_seqlens.tolist()[:16], expected, "pass cumulative lengths, not lengths")
 
 
 def _checked_offset(q, k, cu_seqlens, cu_seqlens_k, query_offset) -> int | Tensor:
     if query_offset is None:
-        is_equal = q.shape[1] == k.shape[1] if cu_seqlens is None else torch.equal(cu_seqlens, cu_seqlens_k)
+        if cu_seqlens is None:
+            is_equal = q.shape[1] == k.shape[1]
+        else:  # boundaries on a GPU are not read: only the same tensor is known to be equal
+            is_readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+            is_equal = cu_seqlens is cu_seqlens_k or (is_readable and torch.equal(cu_seqlens, cu_seqlens_k))
         if not is_equal:
             remedy = "pass the key position of query 0, for instance num_keys - num_queries"
             _refuse("query_offset", "None", "queries and keys of equal lengths", remedy)
@@ -462,7 +211,9 @@ def _checked_offset(q, k, cu_seqlens, cu_seqlens_k, query_offset) -> int | Tenso
     if query_offset.dtype != torch.int32 or query_offset.shape != (num_sequences,):
         received = f"{query_offset.dtype} {list(query_offset.shape)}"
         _refuse("query_offset", received, f"an int or int32 [{num_sequences}]", "give one per sequence")
-    return query_offset.long()
+    if query_offset.device != q.device:
+        _refuse("query_offset", query_offset.device, str(q.device), "move it to q's device")
+    return query_offset
 
 
 def attention(
@@ -474,26 +225,29 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention as the header says; returns the output, and its log-sum-exp (differentiable) with `return_lse`.
 
-    On CPU, and on CUDA until a Triton kernel stands in the table above: documents padded to groups of similar length,
-    torch's fused kernel for plain ones, blocks of scores otherwise; always deterministic, no use for `max_seqlen`.
+    `backend`: "auto" takes the first of `attention_backend.TABLE` that serves the request on its device: Triton on CUDA,
+    torch operations on the CPU (and for fp64). A name obeys, or raises with what it cannot do. Both of those are always
+    deterministic; `deterministic` asks it of the others. `max_seqlen` is a hint that only flash-attn needs.
     """
-    if backend not in _BACKENDS:
-        _refuse("backend", repr(backend), f"one of {', '.join(_BACKENDS)}", "leave it at 'auto'")
-    if q.device.type not in _IMPLEMENTATIONS:
-        _refuse("device", q.device.type, f"one of {', '.join(_IMPLEMENTATIONS)}", "move the tensors")
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         _refuse("window, softcap", f"{window}, {softcap}", "window of at least 1, softcap above 0", "None is off")
     if cu_seqlens is None and cu_seqlens_k is not None:
         _refuse("cu_seqlens", "None with cu_seqlens_k", "both", "pass cu_seqlens")
     _check_tensors(q, k, v, cu_seqlens is not None, sinks_N)
     if cu_seqlens is not None:
-        _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0])
+        _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0], q.device)
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], q.device)
         if cu_seqlens.shape != cu_seqlens_k.shape:
             _refuse("cu_seqlens_k", list(cu_seqlens_k.shape), str(list(cu_seqlens.shape)), "give the same sequences")
     offset = _checked_offset(q, k, cu_seqlens, cu_seqlens_k, query_offset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rule = _Rule(causal, window, softcap, scale, return_lse, out_dtype or q.dtype)
-    out, lse = _IMPLEMENTATIONS[q.device.type](q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule, offset)
+    rule = Rule(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale, return_lse, out_dtype or q.dtype)
+    if torch.compiler.is_compiling() and backend == "auto":
+        is_one = isinstance(offset, int)
+        options: tuple[Any, ...] = (causal, window, softcap, rule.scale, rule.out_dtype)
+        tensors = (q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, None if is_one else offset)
+        out, lse = _attention_op(*tensors, offset if is_one else 0, *options)
+    else:
+        request = Request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule, offset, max_seqlen, deterministic)
+        out, lse = choose(backend, request).run(request)
     return (out, lse) if return_lse else out

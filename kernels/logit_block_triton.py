@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .logit_block import KINDS, LOWEST, Coefficient, Divergence, PairStatistic, Side, Statistic, Targets, Wanted
-from .triton_jit import constant, jit, tl, triton
+from .triton_jit import constant, jit, tanh, tl, triton
 
 # Columns of one tile of a row and warps of a program: 16 elements a thread, 8 of each side where there are two. Unmeasured on
 # a GPU: chosen so that no kernel spills on sm_80, sm_90 and sm_100 (tests/kernels/resources.json; with 4096 columns of
@@ -40,22 +40,12 @@ _FORWARD_KL, _REVERSE_KL = constant(_KIND_NUMBER["forward_kl"]), constant(_KIND_
 
 
 @jit
-def _tanh(x):
-    """Within 2 ulp: its series below 1/4, where 1 − exp(−2x) would cancel."""
-    square = x * x
-    small = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
-
-
-@jit
 def _logit(product, bias, columns, inside, softcap, inverse_temperature, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
     z = product
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_CAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     z = z * inverse_temperature
     if HAS_BIAS:
         z = tl.where(z < _LOWEST, _LOWEST, z)  # a comparison that lets NaN through

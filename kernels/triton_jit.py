@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["constant", "jit", "tl", "triton"]
+__all__ = ["constant", "jit", "tanh", "tl", "triton"]
 
 try:
     import triton
@@ -25,3 +25,13 @@ def jit(kernel: Callable[..., None]) -> Any:
 def constant(value: float) -> Any:
     """A module-level number that a kernel may read."""
     return value if tl is None else tl.constexpr(value)
+
+
+@jit
+def tanh(x):
+    """Within 2 ulp in fp32: its series below 1/4, where 1 − exp(−2x) would cancel."""
+    square = x * x
+    small = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))

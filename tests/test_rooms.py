@@ -101,12 +101,14 @@ def test_every_source_file_has_its_test(path):
     relative = path.relative_to(ROOT)
     if relative.parts[0] == "bench":
         pytest.skip("a bench is run, not tested")
-    assert (ROOT / "tests" / relative.with_name(f"test_{relative.name}")).exists()
+    # A backward is tested with its forward.
+    assert (ROOT / "tests" / relative.with_name(f"test_{relative.stem.removesuffix('_backward')}.py")).exists()
 
 
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-# Part of the kernel of the same stem, in a file of its own so that a CPU process never imports Triton.
-TRITON = "_triton"
+# Parts of the kernel of the same stem, in files of their own: a CPU process never imports what is in Triton.
+TRITON = re.compile("_triton(_backward)?$")
+PART = re.compile("_(triton|triton_backward|torch|backend)$")
 # What several kernels walk with; the kernels' own tests and benches cover it.
 MACHINERY = {"vocabulary_sweep", "token_statistics", "triton_jit"}
 
@@ -117,8 +119,8 @@ def test_every_kernel_has_a_header_a_reference_and_a_public_function_of_its_name
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     header = ast.get_docstring(tree)
     assert all(section in header for section in ("Math", "Shapes", "Source"))
-    if path.stem.endswith(TRITON):
-        assert path.with_name(f"{path.stem.removesuffix(TRITON)}.py") in KERNELS
+    if PART.search(path.stem):
+        assert path.with_name(f"{PART.sub('', path.stem)}.py") in KERNELS
     elif path.stem not in MACHINERY and not path.stem.endswith("_loss"):  # in pure formulas each is its own reference
         assert {path.stem, f"{path.stem}_reference"} <= functions
 
@@ -127,8 +129,8 @@ def test_every_kernel_has_a_header_a_reference_and_a_public_function_of_its_name
 def test_triton_is_imported_in_one_place_and_a_kernel_in_it_has_a_bench(path):
     text = path.read_text()
     assert bool(re.search(r"^\s*(import triton|from triton)", text, re.MULTILINE)) == (path.stem == "triton_jit")
-    assert bool(re.search("^from .triton_jit", text, re.MULTILINE)) == path.stem.endswith(TRITON)
-    assert not path.stem.endswith(TRITON) or (ROOT / "bench" / f"{path.stem.removesuffix(TRITON)}.py").exists()
+    assert bool(re.search("^from .triton_jit", text, re.MULTILINE)) == bool(TRITON.search(path.stem))
+    assert not TRITON.search(path.stem) or (ROOT / "bench" / f"{TRITON.sub('', path.stem)}.py").exists()
 
 
 def test_readme_maps_the_tree():

@@ -41,7 +41,7 @@ def test_an_unknown_part_is_refused_with_the_choice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["logit_block", "linear_logprob", "linear_divergence"])
+@pytest.mark.parametrize("name", ["logit_block", "linear_logprob", "linear_divergence", "attention"])
 def test_every_bench_runs_on_the_cpu_and_leaves_its_rows(name, tmp_path):
     done = python("-m", f"warpline.bench.{name}", "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

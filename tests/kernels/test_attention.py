@@ -4,10 +4,8 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from warpline.kernels import attention as module
+from warpline.kernels import attention_torch as module
 from warpline.kernels.attention import attention, attention_reference
 
 
@@ -176,41 +174,6 @@ def test_output_dtype_is_the_one_asked_for_and_not_rounded_on_the_way():
     torch.testing.assert_close(out, truth.float(), rtol=0, atol=2e-6)
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            size = x.untyped_storage().nbytes() // x.element_size() if isinstance(x, torch.Tensor) else 0
-            self.num_elements = max(self.num_elements, size)
-        return result
-
-
-@pytest.mark.parametrize("keywords", [{}, {"softcap": 5.0}, {"return_lse": True}], ids=str)
-def test_memory_of_many_documents_is_linear_in_them(keywords):
-    length = 64
-    q, k, v = random_inputs((64 * length, 4, 8), (64 * length, 2, 8), dtype=torch.float32)
-    with LargestTensor() as largest:
-        results(attention, {"q": q, "k": k, "v": v}, cu_seqlens=boundaries(*[length] * 64), **keywords)
-    assert largest.num_elements <= module.MAX_BLOCK_ELEMENTS
-    assert (64 * length) ** 2 > 30 * module.MAX_BLOCK_ELEMENTS
-
-
-def test_one_document_of_8192_tokens_stays_under_the_stated_block():
-    q, k, v = random_inputs((8192, 1, 2), (8192, 1, 2), dtype=torch.float32)
-    with LargestTensor() as largest:
-        mine = results(attention, {"q": q, "k": k, "v": v}, cu_seqlens=boundaries(8192), window=100)
-        results(attention, {"q": q, "k": k, "v": v}, cu_seqlens=boundaries(8192))
-        attention(q, k, v, cu_seqlens=boundaries(8192), softcap=9.0)
-    assert largest.num_elements <= module.MAX_BLOCK_ELEMENTS
-    tail = slice(8192 - 150, 8192)
-    expected = attention_reference(q[None, tail], k[None, tail], v[None, tail], window=100)[0]
-    torch.testing.assert_close(mine[0][8192 - 50 :], expected[-50:], rtol=0, atol=1e-5)
-
-
 def test_equal_calls_give_equal_bits():
     q, k, v = random_inputs((200, 4, 16), (200, 2, 16), dtype=torch.float32)
     cu = boundaries(30, 33, 100, 37)
@@ -219,7 +182,7 @@ def test_equal_calls_give_equal_bits():
 
 
 BAD_CALLS = {
-    "backend.*'flash'.*auto, torch": {"backend": "flash"},
+    "backend.*'flash'.*one of triton, torch": {"backend": "flash"},
     "query_offset.*None.*equal lengths": {"k": torch.zeros(1, 5, 2, 8), "v": torch.zeros(1, 5, 2, 8)},
     r"query_offset.*int64.*int32 \[1\]": {"query_offset": torch.tensor([0])},
     "sinks_N": {"sinks_N": torch.zeros(3)},
@@ -248,7 +211,7 @@ def test_bad_boundaries_are_refused(message):
 
 def test_an_unknown_device_is_named():
     q = torch.zeros(1, 4, 4, 8, device="meta")
-    with pytest.raises(ValueError, match=r"device.*meta.*cpu, cuda"):
+    with pytest.raises(ValueError, match=r"device.*meta.*cpu or cuda"):
         attention(q, q, q)
 
 
