@@ -59,11 +59,11 @@ def rope_tables(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rope_reference(q, k, cos, sin, *, q_norm_weight=None, k_norm_weight=None, eps=1e-6):
+def rope_reference(q, k, cos, sin, *, q_norm_weight=None, k_norm_weight=None, eps=1e-6, zero_centred=False):
     """The definition, by autograd; fp32 unless the inputs are fp64."""
     outputs = []
     for x, norm_weight in ((q, q_norm_weight), (k, k_norm_weight)):
-        y = x if norm_weight is None else rms_norm_reference(x, norm_weight, eps=eps)
+        y = x if norm_weight is None else rms_norm_reference(x, norm_weight, eps=eps, zero_centred=zero_centred)
         y = y if y.dtype == torch.float64 else y.float()
         half = cos.shape[-1]
         a, b, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
@@ -97,8 +97,11 @@ class _Rotate(torch.autograd.Function):
         return _rotated(d_y, cos, sin, -1.0), None, None
 
 
-def _rope_torch(q, k, cos, sin, norm_weights, eps):
-    normed = (x if w is None else rms_norm(x, w, eps=eps).to(x.dtype) for x, w in zip((q, k), norm_weights, strict=True))
+def _rope_torch(q, k, cos, sin, norm_weights, eps, zero_centred):
+    normed = (
+        x if w is None else rms_norm(x, w, eps=eps, zero_centred=zero_centred).to(x.dtype)
+        for x, w in zip((q, k), norm_weights, strict=True)
+    )
     return tuple(_Rotate.apply(x, cos, sin) for x in normed)
 
 
@@ -115,8 +118,9 @@ def rope(
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    zero_centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rotated (q, k), each normed first where its weight is given. On CPU, and on CUDA until the Triton kernel, torch
+    """Rotated (q, k), each normed first where its weight is given, as `rms_norm` does. On CPU, and on CUDA until the Triton kernel, torch
     operations."""
     if cos.shape != sin.shape or 2 * cos.shape[-1] > q.shape[-1] or q.shape[-1] != k.shape[-1]:
         received = f"q {list(q.shape)}, k {list(k.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
@@ -129,4 +133,4 @@ def rope(
     if q.device.type not in _IMPLEMENTATIONS:
         expected = ", ".join(_IMPLEMENTATIONS)
         raise ValueError(f"rope: received device {q.device.type}, expected one of {expected}; move the tensors")
-    return _IMPLEMENTATIONS[q.device.type](q, k, cos, sin, (q_norm_weight, k_norm_weight), eps)
+    return _IMPLEMENTATIONS[q.device.type](q, k, cos, sin, (q_norm_weight, k_norm_weight), eps, zero_centred)
