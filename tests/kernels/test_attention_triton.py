@@ -198,6 +198,7 @@ BACKWARD_MUTATIONS = {
 }
 # The fewest cases that between them notice every mutation.
 TELLING = (
+    "queries before their keys",
     "documents and other keys",
     "softcap, window and sinks of 20",
     "a window on both sides",
