@@ -53,6 +53,7 @@ from .vocabulary_sweep import (
     reduce_d_hidden,
     statistic_dtype,
     sweep,
+    underflow_factor,
     valid_rows,
     written_over,
 )
@@ -108,17 +109,19 @@ class Inputs(NamedTuple):
 
 
 class _Pair:
-    """A student and a teacher with the tokens that are computed: on the CPU those of the mask, elsewhere all."""
+    """A student and a teacher with the tokens that are computed: those of the mask, or all, with those dropped marked."""
 
     def __init__(self, inputs: Inputs, call: Call):
         self.inputs, self.call = inputs, call
         self.student = self._head(inputs[:3], call.softcap)
         self.teacher = self._head(inputs[3:6], call.teacher_softcap)
-        self.kept_T = None
-        if inputs.mask_T is not None and inputs.hidden_TD.device.type == "cpu" and not inputs.mask_T.all():
+        self.blocking, self.steps = self.student.form.blocking, logit_block(inputs.hidden_TD.device)
+        self.kept_T = self.dropped_T = None
+        if inputs.mask_T is not None and not self.blocking.leaves_out:
+            self.dropped_T = ~inputs.mask_T
+        elif inputs.mask_T is not None and not inputs.mask_T.all():
             self.kept_T = inputs.mask_T.nonzero()[:, 0]
         self.hidden_XD, self.teacher_hidden_XU = map(self.kept, (inputs.hidden_TD, inputs.teacher_hidden_TU))
-        self.blocking, self.steps = self.student.form.blocking, logit_block(inputs.hidden_TD.device)
         self.like = self.hidden_XD.new_empty(0, dtype=self.student.form.statistic_dtype)
 
     def _head(self, side: tuple[Tensor, Tensor, Tensor | None], softcap: float | None) -> Head:
@@ -140,7 +143,7 @@ class _Pair:
     def chunks(self, elements: int, columns: int) -> Iterator[tuple[Chunk, Chunk]]:
         num_tokens = self.student.tokens_per_chunk(elements, columns)
         sides = ((self.hidden_XD, self.student), (self.teacher_hidden_XU, self.teacher))
-        return zip(*(chunks(hidden, num_tokens, head.form) for hidden, head in sides), strict=True)
+        return zip(*(chunks(hidden, num_tokens, head.form, self.dropped_T) for hidden, head in sides), strict=True)
 
     def blocks(self, pair: tuple[Chunk, Chunk], are_kept: bool = False) -> Iterator[tuple[slice, Side, Side]]:
         """(tokens, both sides) of every block of a chunk."""
@@ -218,10 +221,12 @@ def _backward(
     coefficients = pair.like.new_zeros(len(Coefficient), len(pair.hidden_XD))
     coefficients[Coefficient.MAX], coefficients[Coefficient.LOG_SUM], coefficients[Coefficient.B] = tables[0]
     coefficients[Coefficient.A] = pair.kept(upstream_T)
-    is_partial = call.shard.group_name is not None and call.reduce_d_hidden
-    asked = Needed(*needed, len(inputs.weight_VD), is_partial)
+    factor = underflow_factor(pair.student.form, coefficients[Coefficient.A])
+    if factor is not None:
+        coefficients[Coefficient.A] /= factor
+    asked = Needed(*needed, len(inputs.weight_VD), call.shard.group_name is not None and call.reduce_d_hidden)
     num_tokens = pair.student.tokens_per_chunk(blocking.backward_elements, blocking.backward_columns)
-    gradients = Gradients(pair.hidden_XD, pair.student, asked, -(-len(pair.hidden_XD) // num_tokens))
+    gradients = Gradients(pair.hidden_XD, pair.student, asked, -(-len(pair.hidden_XD) // num_tokens), factor)
     with torch.autocast(inputs.hidden_TD.device.type, enabled=False):
         for chunk, teacher_chunk in pair.chunks(blocking.backward_elements, blocking.backward_columns):
             gradients.begin(chunk)
@@ -239,10 +244,10 @@ def _backward(
                     pair.steps.divergence_gradient(student, teacher, call.divergence, *at, out[here])
                 gradients.add(columns, out)
             gradients.end()
-    d_hidden = gradients.d_hidden_TD
+    d_hidden, d_weight, d_bias = gradients.finished()
     if d_hidden is not None:
         d_hidden = pair.restored(reduce_d_hidden(d_hidden, call.shard) if call.reduce_d_hidden else d_hidden)
-    pairs = zip((d_hidden, gradients.d_weight_VD, gradients.d_bias_V), inputs, strict=False)
+    pairs = zip((d_hidden, d_weight, d_bias), inputs, strict=False)
     return tuple(None if d is None or x is None else d.to(x.dtype) for d, x in pairs)
 
 
@@ -333,7 +338,8 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_value_T):
-        inputs, tables = Inputs(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        tensors = ctx.saved_tensors  # read once: a non-reentrant checkpoint allows no more
+        inputs, tables = Inputs(*tensors[:7]), tensors[7:]
         needed = needed_gradients(ctx, inputs.bias_V is not None)
         return *_backward(inputs, tables, d_value_T, needed, ctx.call), *[None] * 5
 

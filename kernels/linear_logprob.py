@@ -185,29 +185,36 @@ def _linear_cross_entropy_op(
     call = Call(1.0, softcap, ignore_index, Wanted(mean_logit=label_smoothing != 0.0), product_dtype, Shard(0, vocab_size))
     inputs, terms = Inputs(hidden_TD, weight_VD, bias_V, target_TC), LossTerms(z_loss, label_smoothing)
     loss, *gradients = cross_entropy_with_gradients(inputs, (needed[0], needed[1], needed[2]), call, terms)
-    dtypes = (x.dtype if x is not None else loss.dtype for x in inputs[:3])
-    pairs = zip(gradients, dtypes, strict=True)
-    d_hidden, d_weight, d_bias = (loss.new_empty(0) if d is None else d.to(dtype) for d, dtype in pairs)
+    pairs = zip(gradients, inputs, strict=False)
+    d_hidden, d_weight, d_bias = (loss.new_empty(0) if d is None else d.to(_kept_dtype(x, loss)) for d, x in pairs)
     return loss, d_hidden, d_weight, d_bias
+
+
+def _kept_dtype(x: Tensor | None, loss: Tensor) -> torch.dtype:
+    """Of a gradient that waits for its upstream number: fp16 has not the range."""
+    return loss.dtype if x is None or x.dtype == torch.float16 else x.dtype
 
 
 @_linear_cross_entropy_op.register_fake
 def _(hidden_TD, weight_VD, bias_V, target_TC, needed, *rest):
     loss = hidden_TD.new_empty((), dtype=statistic_dtype(hidden_TD, weight_VD, bias_V))
     pairs = zip((hidden_TD, weight_VD, bias_V), needed, strict=True)
-    return loss, *(x.new_empty(x.shape) if x is not None and asked else loss.new_empty(0) for x, asked in pairs)
+    return loss, *(
+        x.new_empty(x.shape, dtype=_kept_dtype(x, loss)) if x is not None and asked else loss.new_empty(0) for x, asked in pairs
+    )
 
 
 def _save_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.needed, ctx.num_inputs = inputs[4], len(inputs)
+    ctx.dtypes = [x.dtype if x is not None and asked else None for x, asked in zip(inputs[:3], inputs[4], strict=True)]
+    ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _scale_gradients(ctx, d_loss, *_):
-    scaled = (d * d_loss.to(d.dtype) if asked else None for d, asked in zip(ctx.saved_tensors, ctx.needed, strict=True))
-    return *scaled, *[None] * (ctx.num_inputs - 3)
+    pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *(None if dtype is None else (d * d_loss).to(dtype) for d, dtype in pairs), *[None] * (ctx.num_inputs - 3)
 
 
 _linear_cross_entropy_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -252,7 +259,8 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logprob, d_lse, d_entropy, _d_argmax, d_sum_p2, d_mean, _d_max, _d_log_sum):
-        inputs, saved = Inputs(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        tensors = ctx.saved_tensors  # read once: a non-reentrant checkpoint allows no more
+        inputs, saved = Inputs(*tensors[:4]), tensors[4:]
         upstream = Upstream(d_logprob, d_lse, d_entropy, d_sum_p2, d_mean)
         needed = needed_gradients(ctx, inputs.bias_V is not None)
         return *backward(inputs, saved, upstream, needed, ctx.call), None, None
@@ -285,7 +293,17 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- The public functions ----
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> None:
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    product_dtype: torch.dtype | None = None,
+) -> None:
     """Refuses what cannot be a softmax over a vocabulary, and a matrix that is sharded without the group being named."""
     if hasattr(weight, "device_mesh") or hasattr(hidden, "device_mesh"):
         remedy = (
@@ -296,6 +314,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden and weight have shapes {shapes}; expected [T, D] and [V, D]: pack the tokens")
+    dtypes = [x.dtype for x in (hidden, weight, bias) if x is not None]
+    if not all(dtype in _FLOATS for dtype in dtypes) or product_dtype not in (None, *_FLOATS):
+        received = f"{', '.join(map(str, dtypes))} with product_dtype {product_dtype}"
+        raise ValueError(f"hidden, weight and bias are {received}; expected fp16, bf16, fp32 or fp64: cast them")
     if hidden.device.type not in BLOCKING:
         expected = " or ".join(BLOCKING)
         raise ValueError(f"no implementation for device {hidden.device.type!r}; expected {expected}: move the inputs")
@@ -326,9 +348,10 @@ def shard_of(weight_VD: Tensor, group: dist.ProcessGroup | None, vocab_start: in
 
 def _checked_target(target: Tensor, hidden: Tensor) -> Tensor:
     """As [T, C]."""
-    if target.dtype not in (torch.int64, torch.int32) or target.dim() not in (1, 2) or len(target) != len(hidden):
-        received = f"{target.dtype} of shape {tuple(target.shape)}"
-        expected = f"int64 or int32 of shape ({len(hidden)},) or ({len(hidden)}, C)"
+    is_shaped = target.dim() in (1, 2) and len(target) == len(hidden) and (target.dim() == 1 or target.shape[1] > 0)
+    if target.dtype not in (torch.int64, torch.int32) or not is_shaped or target.device != hidden.device:
+        received = f"{target.dtype} of shape {tuple(target.shape)} on {target.device}"
+        expected = f"int64 or int32 of shape ({len(hidden)},) or ({len(hidden)}, C >= 1) on {hidden.device}"
         raise ValueError(f"target is {received}; expected {expected}: one row of targets per hidden state")
     return target if target.dim() == 2 else target[:, None]
 
@@ -360,7 +383,7 @@ def linear_logprob(
     a few numbers per token forward, one all-reduce of d_hidden backward, left out with `reduce_d_hidden=False`.
     CPU: torch, block by block. CUDA: the vendor's products with Triton between them.
     """
-    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
+    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap, product_dtype)
     target_TC = _checked_target(target_T, hidden_TD)
     shard = shard_of(weight_VD, group, vocab_start, vocab_size)
     wanted = Wanted(entropy, argmax, sum_p2, mean_logit)
@@ -400,10 +423,12 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 <= label_smoothing <= 1: a share of the target")
     if target_T.dim() != 1:
         raise ValueError(f"target has shape {tuple(target_T.shape)}; expected [T]: linear_logprob takes [T, C]")
     if reduction != "none" and group is None:
-        check_head(hidden_TD, weight_VD, bias_V, 1.0, softcap)
+        check_head(hidden_TD, weight_VD, bias_V, 1.0, softcap, product_dtype)
         shard = shard_of(weight_VD, None, vocab_start, vocab_size)
         inputs = (hidden_TD, weight_VD, bias_V, _checked_target(target_T, hidden_TD))
         if torch.compiler.is_compiling():

@@ -11,7 +11,8 @@
 **Dtypes** as in `linear_logprob`; ids int64.
 **Traffic** `linear_topk`: 2TDV FLOPs; the divergence: as `linear_logprob`, 2TDV forward and 6TDV backward.
 **Source** DistillKit, NeMo-RL and TRL each name one of the tails their own: MiniLLM, arXiv 2306.08543, for the reverse KL.
-**Limits** "bucket" finds s_o as 1 − Σ_K s, so it has no gradient once s_o is below the dtype's rounding of 1. "renormalise"
+**Limits** "bucket" finds s_o as 1 − Σ_K s: no less than the statistics' rounding of 1 (1.2e-7 in fp32), where it has no
+  gradient; t_o in fp64, no less than 2.2e-16: as exact as the cache. "renormalise"
   over-sharpens (forward) or leaves the mass outside K free (reverse); reverse "ignore" is negative where s < t on K, and
   smallest at s = t / e: a term of other losses, not a divergence. Among equal logits at the k-th place the choice is torch's.
 """
@@ -110,19 +111,23 @@ def linear_topk(
     """
     check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
     shard = shard_of(weight_VD, group, vocab_start, vocab_size)
-    if not 1 <= k <= shard.size:
-        raise ValueError(f"k is {k}; expected 1 to the vocabulary's {shard.size}")
+    if not isinstance(k, int) or not 1 <= k <= shard.size:
+        raise ValueError(f"k is {k!r}; expected an int from 1 to the vocabulary's {shard.size}")
     return _topk_op(hidden_TD, weight_VD, bias_V, k, temperature, softcap, *shard)
 
 
-def _log_complement(logp_TC: Tensor) -> Tensor:
-    """log(1 − Σ exp), the bucket of everything else, no lower than the dtype can tell from 0."""
-    limit = 1.0 - torch.finfo(logp_TC.dtype).eps
-    return torch.log1p(-logp_TC.exp().sum(1, keepdim=True).clamp(max=limit))
-
-
 def _with_bucket(logp_TC: Tensor) -> Tensor:
-    return torch.cat([logp_TC, _log_complement(logp_TC)], dim=1)
+    """And log(1 − Σ exp), the bucket of everything else, no lower than the dtype can tell from 0."""
+    limit = 1.0 - torch.finfo(logp_TC.dtype).eps
+    return torch.cat([logp_TC, torch.log1p(-logp_TC.exp().sum(1, keepdim=True).clamp(max=limit))], dim=1)
+
+
+def _with_exact_bucket(logp_TC: Tensor) -> Tensor:
+    """The same in fp64, from 1 minus the largest: a peaked teacher's bucket is far below fp32's rounding of 1."""
+    sorted_TC = logp_TC.double().sort(dim=1, descending=True).values
+    rest_T1 = -torch.expm1(sorted_TC[:, :1]) - sorted_TC[:, 1:].exp().sum(1, keepdim=True)
+    bucket_T1 = rest_T1.clamp(min=torch.finfo(torch.float64).eps).log()
+    return torch.cat([logp_TC, bucket_T1.to(logp_TC.dtype)], dim=1)
 
 
 def _renormalised(logp_TC: Tensor) -> Tensor:
@@ -136,12 +141,12 @@ def _as_is(logp_TC: Tensor) -> Tensor:
 # tail → (student's map, teacher's map) of the cached log-probabilities, per kind.
 _TAILS: dict[str, dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]] = {
     "forward_kl": {
-        "bucket": (_with_bucket, _with_bucket),
+        "bucket": (_with_bucket, _with_exact_bucket),
         "renormalise": (_as_is, _renormalised),
         "ignore": (_as_is, _as_is),
     },
     "reverse_kl": {
-        "bucket": (_with_bucket, _with_bucket),
+        "bucket": (_with_bucket, _with_exact_bucket),
         "renormalise": (_renormalised, _renormalised),
         "ignore": (_as_is, _as_is),
     },
@@ -154,6 +159,7 @@ def _topk_divergence(logs_TC: Tensor, topk_ids_TC: Tensor, topk_logprobs_TC: Ten
         raise ValueError(f"kind is {kind!r}; expected one of {list(_TAILS)}")
     if tail not in _TAILS[kind]:
         raise ValueError(f"tail is {tail!r}; expected one of {list(_TAILS[kind])}")
+    logs_TC = logs_TC.to(statistic_dtype(logs_TC, topk_logprobs_TC))
     floor = torch.finfo(logs_TC.dtype).min / 4
     is_padding_TC = topk_ids_TC == _IGNORED
     student_map, teacher_map = _TAILS[kind][tail]

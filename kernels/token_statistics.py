@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .logit_block import Coefficient, Statistic, Targets, Wanted, logit_block, new_statistics
 from .vocabulary_sweep import (
+    BLOCKING,
     Chunk,
     Form,
     Gradients,
@@ -28,11 +29,12 @@ from .vocabulary_sweep import (
     gather,
     reduce_d_hidden,
     sweep,
+    underflow_factor,
     valid_rows,
     written_over,
 )
 
-_NO_TARGET = -1
+NO_TARGET = -(2**62)  # far from any id, so that a target outside the vocabulary is not taken for it
 
 
 class Call(NamedTuple):
@@ -59,19 +61,29 @@ def _head(inputs: Inputs, call: Call) -> Head:
     return Head(*valid_rows(inputs.weight_VD, inputs.bias_V, call.shard), form)
 
 
-def _prepared(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden states, targets with `_NO_TARGET` for ignored ones, positions) of the tokens that count: on the CPU only they
-    are computed; elsewhere all are, and the positions are None."""
+class _Tokens(NamedTuple):
+    """Hidden states and targets (`NO_TARGET` for ignored ones) of the tokens that are computed: those that count, at the
+    positions kept; or all, positions None, with those marked that do not count."""
+
+    hidden_XD: Tensor
+    target_XC: Tensor
+    kept_T: Tensor | None = None
+    dropped_T: Tensor | None = None
+
+
+def _prepared(inputs: Inputs, call: Call) -> _Tokens:
     hidden_TD = inputs.hidden_TD
-    target_TC = inputs.target_TC.long()
+    target_TC = inputs.target_TC.long().contiguous()
     is_ignored_TC = target_TC == call.ignore_index
     if hidden_TD.device.type == "cpu":
         _check_range(target_TC, is_ignored_TC, call)
-    target_TC = target_TC.masked_fill(is_ignored_TC, _NO_TARGET)
-    if hidden_TD.device.type != "cpu" or not is_ignored_TC.any():
-        return hidden_TD, target_TC, None
+    target_TC = target_TC.masked_fill(is_ignored_TC, NO_TARGET)
+    if not BLOCKING[hidden_TD.device.type].leaves_out:
+        return _Tokens(hidden_TD, target_TC, dropped_T=is_ignored_TC.all(1))
+    if not is_ignored_TC.any():
+        return _Tokens(hidden_TD, target_TC)
     kept_T = (~is_ignored_TC.all(1)).nonzero()[:, 0]
-    return hidden_TD[kept_T], target_TC[kept_T], kept_T
+    return _Tokens(hidden_TD[kept_T], target_TC[kept_T], kept_T)
 
 
 def _check_range(target_TC: Tensor, is_ignored_TC: Tensor, call: Call) -> None:
@@ -86,13 +98,14 @@ def _check_range(target_TC: Tensor, is_ignored_TC: Tensor, call: Call) -> None:
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     """(logprob [T, C], lse, entropy, argmax, sum_p2, mean_logit, maximum, log Σ exp(z − maximum)); a statistic that is not
     wanted is empty."""
-    hidden_XD, target_XC, kept_T = _prepared(inputs, call)
+    hidden_XD, target_XC, kept_T, dropped_T = _prepared(inputs, call)
     head = _head(inputs, call)
     steps, blocking, num_targets = logit_block(hidden_XD.device), head.form.blocking, target_XC.shape[1]
     like = hidden_XD.new_empty(0, dtype=head.form.statistic_dtype)
     statistics, picked_XC = new_statistics(len(hidden_XD), num_targets, like)
     with torch.autocast(hidden_XD.device.type, enabled=False):
-        for chunk in chunks(hidden_XD, head.tokens_per_chunk(blocking.backward_elements, blocking.columns), head.form):
+        num_tokens = head.tokens_per_chunk(blocking.backward_elements, blocking.columns)
+        for chunk in chunks(hidden_XD, num_tokens, head.form, dropped_T):
             for columns, tokens, side in sweep(chunk, head):
                 target = Targets(target_XC[tokens], call.shard.start + columns.start)
                 steps.statistics(side, target, statistics[:, tokens], picked_XC[tokens], call.wanted)
@@ -105,7 +118,7 @@ def _values(whole: Tensor, target_XC: Tensor, call: Call) -> tuple[Tensor | None
     """The forward's results from the statistics [6 + C, X], None for those not wanted; tokens all of whose targets are
     ignored are 0 everywhere."""
     row, wanted = Statistic, call.wanted
-    is_ignored_XC = target_XC == _NO_TARGET
+    is_ignored_XC = target_XC == NO_TARGET
     is_dropped_X = is_ignored_XC.all(1)
     max_X, sum_X = whole[row.MAX], whole[row.SUM]
     log_sum_X = sum_X.log()
@@ -156,7 +169,7 @@ def coefficients_of(
     row = Coefficient
     table = max_T.new_zeros(len(row), len(max_T))
     table[row.MAX], table[row.LOG_SUM] = max_T, log_sum_T
-    is_ignored_TC = target_TC == _NO_TARGET
+    is_ignored_TC = target_TC == NO_TARGET
     d_target_TC = None
     if upstream.lse_T is not None:
         table[row.A] += upstream.lse_T
@@ -179,18 +192,22 @@ def backward(
     inputs: Inputs, saved: tuple[Tensor, ...], upstream: Upstream, needed: tuple[bool, bool, bool], call: Call
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(d_hidden, d_weight, d_bias), those that are needed; `saved` as in `coefficients_of`, for all tokens."""
-    hidden_XD, target_XC, kept_T = _prepared(inputs, call)
+    hidden_XD, target_XC, kept_T, dropped_T = _prepared(inputs, call)
     if kept_T is not None:
         saved = tuple(x if len(x) == 0 else x[kept_T] for x in saved)
         upstream = Upstream(*(None if x is None else x[kept_T] for x in upstream))
     table, d_target_XC = coefficients_of(saved, upstream, target_XC, call.shard.size)  # type: ignore[arg-type]
     head = _head(inputs, call)
+    factor = underflow_factor(head.form, table[Coefficient.A :], d_target_XC)
+    if factor is not None:
+        table[Coefficient.A :] /= factor
+        d_target_XC = None if d_target_XC is None else d_target_XC / factor
     blocking, steps = head.form.blocking, logit_block(hidden_XD.device)
     num_tokens = head.tokens_per_chunk(blocking.backward_elements, blocking.backward_columns)
-    is_partial = call.shard.group_name is not None and call.reduce_d_hidden
-    gradients = Gradients(hidden_XD, head, Needed(*needed, len(inputs.weight_VD), is_partial), -(-len(hidden_XD) // num_tokens))
+    asked = Needed(*needed, len(inputs.weight_VD), call.shard.group_name is not None and call.reduce_d_hidden)
+    gradients = Gradients(hidden_XD, head, asked, -(-len(hidden_XD) // num_tokens), factor)
     with torch.autocast(hidden_XD.device.type, enabled=False):
-        for chunk in chunks(hidden_XD, num_tokens, head.form):
+        for chunk in chunks(hidden_XD, num_tokens, head.form, dropped_T):
             gradients.begin(chunk)
             for columns in head.columns(blocking.backward_columns):
                 block = table.new_empty(chunk.num_padded, columns.stop - columns.start)
@@ -209,12 +226,12 @@ def backward(
 
 def _finished(gradients: Gradients, inputs: Inputs, kept_T: Tensor | None, call: Call) -> tuple[Any, Any, Any]:
     """Summed over ranks, put back among zeros, and cast: once."""
-    d_hidden = gradients.d_hidden_TD
+    d_hidden, d_weight, d_bias = gradients.finished()
     if d_hidden is not None:
         if call.reduce_d_hidden:
             d_hidden = reduce_d_hidden(d_hidden, call.shard)
         d_hidden = _restored(d_hidden, kept_T, inputs)
-    gathered = (d_hidden, gradients.d_weight_VD, gradients.d_bias_V)
+    gathered = (d_hidden, d_weight, d_bias)
     one, other, last = (None if d is None or x is None else d.to(x.dtype) for d, x in zip(gathered, inputs[:3], strict=True))
     return one, other, last
 
@@ -228,18 +245,21 @@ def cross_entropy_with_gradients(
     inputs: Inputs, needed: tuple[bool, bool, bool], call: Call, terms: LossTerms
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(sum of the losses, and its gradients, as they were accumulated), on one rank, with one product for the logits: as
-    many as fit are kept until their gradient is written over them."""
-    hidden_XD, target_XC, kept_T = _prepared(inputs, call)
+    many as fit are kept until their gradient is written over them. Gradients of fp16 tensors stay in the statistics' dtype:
+    a sum over tokens, or its share in a scaled loss, leaves fp16's range."""
+    hidden_XD, target_XC, kept_T, dropped_T = _prepared(inputs, call)
     head = _head(inputs, call)
     blocking = head.form.blocking
     num_tokens = head.tokens_per_chunk(blocking.kept_elements, len(head.weight_VD))
-    gradients = Gradients(hidden_XD, head, Needed(*needed, len(inputs.weight_VD)), -(-len(hidden_XD) // num_tokens))
+    keeps = (x.dtype == torch.float16 for x in (inputs.hidden_TD, inputs.weight_VD))
+    asked = Needed(*needed, len(inputs.weight_VD), *keeps)
+    gradients = Gradients(hidden_XD, head, asked, -(-len(hidden_XD) // num_tokens))
     loss = hidden_XD.new_zeros((), dtype=head.form.statistic_dtype)
     num_rows = min(num_tokens, -(-len(hidden_XD) // blocking.rows) * blocking.rows)
     widths = [columns.stop - columns.start for columns in head.columns(blocking.columns)]
     kept = [loss.new_empty(num_rows, width) for width in (widths if any(needed) else widths[:1])]
     with torch.autocast(hidden_XD.device.type, enabled=False):
-        for chunk in chunks(hidden_XD, num_tokens, head.form):
+        for chunk in chunks(hidden_XD, num_tokens, head.form, dropped_T):
             target_X1 = target_XC[chunk.tokens]
             values = _kept_statistics(chunk, head, target_X1, kept, call)
             loss += _loss_of(values, terms).sum()

@@ -14,8 +14,9 @@
   and widths that depend on V and D alone: a token's numbers are bitwise independent of the other tokens.
 **Source** Megatron-LM's vocab-parallel cross-entropy, arXiv 1909.08053 (which partial numbers the ranks exchange).
 **Limits** torch's CPU products do not return their fp32 accumulator, so there bf16 and fp16 operands are rounded and then
-  multiplied in fp32. Ignored tokens are dropped by the caller on the CPU; on CUDA, where that would read the device,
-  their products are computed.
+  multiplied in fp32. Tokens that do not count are left out on the CPU; on CUDA, where that would read the device, their
+  hidden states count as zeros and their products are computed. With fp16 products, the power of two that keeps a
+  gradient's factor from underflowing is the batch's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .logit_block import LogitMap, PairStatistic, Side, Statistic, Wanted
 
 class Blocking(NamedTuple):
     """Sizes of the walk, none of which depends on T: rows of every product; columns and elements of a forward's block, and of
-    a backward's; elements of the logits that are kept from a forward to its gradient."""
+    a backward's; elements of the logits that are kept from a forward to its gradient. And whether tokens that do not count
+    are left out of the products, which reads the device."""
 
     rows: int
     columns: int
@@ -41,6 +43,7 @@ class Blocking(NamedTuple):
     backward_columns: int
     backward_elements: int
     kept_elements: int
+    leaves_out: bool = True
 
     def tokens(self, elements: int, width: int) -> int:
         """How many tokens make that many elements with this many columns, in whole products: one at least."""
@@ -54,7 +57,7 @@ BLOCKING = {
     "cpu": Blocking(256, 4096, 2**20, 4096, 2**22, 2**24),
     # One wave of 128 x 256 tiles on 132 multiprocessors, and 16 MiB of fp32 logits to stay in the L2; 256 MiB in a backward,
     # so that d_hidden's accumulator is passed over seldom; 1 GiB kept. Unmeasured.
-    "cuda": Blocking(1024, 4096, 2**22, 8192, 2**26, 2**28),
+    "cuda": Blocking(1024, 4096, 2**22, 8192, 2**26, 2**28, leaves_out=False),
 }
 
 
@@ -111,9 +114,9 @@ def statistic_dtype(*inputs: Tensor | None) -> torch.dtype:
 
 
 def valid_rows(weight_VD: Tensor, bias_V: Tensor | None, shard: Shard) -> tuple[Tensor, Tensor | None]:
-    """Without the rows at or past the vocabulary's size, which are padding."""
+    """Without the rows at or past the vocabulary's size, which are padding; the bias as kernels read it, without gaps."""
     num_valid = min(len(weight_VD), max(0, shard.size - shard.start))
-    return weight_VD[:num_valid], None if bias_V is None else bias_V[:num_valid]
+    return weight_VD[:num_valid], None if bias_V is None else bias_V[:num_valid].contiguous()
 
 
 def operand(x: Tensor, form: Form) -> Tensor:
@@ -138,12 +141,13 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Non
 
 
 class Chunk:
-    """Hidden states of consecutive tokens as products take them, in blocks of exactly `rows` rows."""
+    """Hidden states of consecutive tokens as products take them, in blocks of exactly `rows` rows; zeros for those dropped."""
 
-    def __init__(self, hidden_TD: Tensor, tokens: slice, form: Form):
+    def __init__(self, hidden_TD: Tensor, tokens: slice, form: Form, dropped_T: Tensor | None = None):
         self.tokens, self.size = tokens, tokens.stop - tokens.start
         self.num_rows = form.blocking.rows
-        self.hidden_XD = operand(hidden_TD[tokens], form).contiguous()
+        hidden_XD = hidden_TD[tokens] if dropped_T is None else hidden_TD[tokens].masked_fill(dropped_T[tokens, None], 0.0)
+        self.hidden_XD = operand(hidden_XD, form).contiguous()
         self.num_padded = -(-self.size // self.num_rows) * self.num_rows
         tail = self.size - self.size % self.num_rows
         self.tail_RD = None
@@ -174,9 +178,9 @@ class Chunk:
         return slice(self.tokens.start + inside.start, self.tokens.start + inside.stop)
 
 
-def chunks(hidden_TD: Tensor, num_tokens: int, form: Form) -> Iterator[Chunk]:
+def chunks(hidden_TD: Tensor, num_tokens: int, form: Form, dropped_T: Tensor | None = None) -> Iterator[Chunk]:
     for start in range(0, len(hidden_TD), num_tokens):
-        yield Chunk(hidden_TD, slice(start, min(start + num_tokens, len(hidden_TD))), form)
+        yield Chunk(hidden_TD, slice(start, min(start + num_tokens, len(hidden_TD))), form, dropped_T)
 
 
 def written_over(block: Tensor, form: Form) -> Tensor:
@@ -202,27 +206,29 @@ def sweep(chunk: Chunk, head: Head, are_kept: bool = False) -> Iterator[tuple[sl
 
 
 class Needed(NamedTuple):
-    """Which gradients are asked for; the matrix's rows, padding included, whose gradient is zero; and whether d_hidden is a
-    rank's part of a sum, and so not yet rounded."""
+    """Which gradients are asked for; the matrix's rows, padding included, whose gradient is zero; and whether what is gathered
+    of d_hidden and of d_weight stays in the statistics' dtype, because something is still to be done to it."""
 
     hidden: bool
     weight: bool
     bias: bool
     num_rows: int
-    is_partial: bool = False
+    keeps_hidden: bool = False
+    keeps_weight: bool = False
 
 
 class Gradients:
-    """d_hidden, d_weight and d_bias of one head, gathered block by block; only those that are needed."""
+    """d_hidden, d_weight and d_bias of one head, gathered block by block and times `factor`; only those that are needed."""
 
-    def __init__(self, hidden_TD: Tensor, head: Head, needed: Needed, num_chunks: int):
+    def __init__(self, hidden_TD: Tensor, head: Head, needed: Needed, num_chunks: int, factor: Tensor | None = None):
         self.head, self.num_valid, dtype = head, len(head.weight_VD), head.form.statistic_dtype
+        self.factor = factor
         self.d_hidden_TD = self.d_weight_VD = self.d_bias_V = None
         if needed.hidden:
-            self.d_hidden_TD = hidden_TD.new_empty(hidden_TD.shape, dtype=dtype if needed.is_partial else hidden_TD.dtype)
+            self.d_hidden_TD = hidden_TD.new_empty(hidden_TD.shape, dtype=dtype if needed.keeps_hidden else hidden_TD.dtype)
         if needed.weight:
             # One chunk forms each row of d_weight at once; several need an accumulator.
-            stored = dtype if num_chunks > 1 else head.weight_VD.dtype
+            stored = dtype if num_chunks > 1 or needed.keeps_weight else head.weight_VD.dtype
             self.d_weight_VD = head.weight_VD.new_empty(needed.num_rows, hidden_TD.shape[1], dtype=stored)
             self.d_weight_VD[self.num_valid if num_chunks else 0 :] = 0
         if needed.bias and head.bias_V is not None:
@@ -253,14 +259,36 @@ class Gradients:
             else:
                 exact_WD = total_WD.new_empty(total_WD.shape, dtype=form.statistic_dtype)
                 multiply(d_valid.t(), chunk.hidden_XD, exact_WD)
-                total_WD.copy_(exact_WD)
+                total_WD.copy_(self._times_factor(exact_WD))
         if self.d_bias_V is not None:
             self.d_bias_V[columns] += d_valid.sum(0, dtype=form.statistic_dtype)
 
     def end(self) -> None:
         if self.d_hidden_TD is not None:
-            self.d_hidden_TD[self.chunk.tokens] = self.sum_XD[: self.chunk.size]
+            self.d_hidden_TD[self.chunk.tokens] = self._times_factor(self.sum_XD[: self.chunk.size])
         self.is_first_chunk = False
+
+    def _times_factor(self, x: Tensor) -> Tensor:
+        return x if self.factor is None else x.mul_(self.factor)
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight, d_bias), of which those still in the statistics' dtype are to be cast."""
+        if self.d_weight_VD is not None and self.d_weight_VD.dtype == self.head.form.statistic_dtype:
+            self._times_factor(self.d_weight_VD)
+        if self.d_bias_V is not None:
+            self._times_factor(self.d_bias_V)
+        return self.d_hidden_TD, self.d_weight_VD, self.d_bias_V
+
+
+def underflow_factor(form: Form, *coefficients: Tensor | None) -> Tensor | None:
+    """Where d_product is rounded to fp16, the power of two that its coefficients are to be divided by, and the gradients
+    multiplied with in the statistics' dtype, so that small upstream gradients survive; else None. Reads nothing."""
+    present = [x for x in coefficients if x is not None and x.numel()]
+    if form.product_dtype != torch.float16 or not present:
+        return None
+    largest = torch.stack([x.abs().amax() for x in present]).amax()
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return torch.where((largest > 0) & largest.isfinite(), power, 1.0)
 
 
 # ---- Vocab-parallel: what the ranks of a group exchange ----

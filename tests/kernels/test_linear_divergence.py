@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from warpline.kernels.linear_divergence import (
     linear_divergence,
@@ -223,6 +224,29 @@ def test_noncontiguous_inputs_and_autocast_change_nothing():
         actual = run(linear_divergence, strided, [x.repeat_interleave(2, 0)[::2] for x in teacher], kind="jsd")
     for a, b in zip(actual, expected, strict=True):
         same(a, b, 1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_biases_with_gaps_are_read_where_they_are(kind):
+    student, teacher = make(9, dtype=torch.float32)
+
+    def with_gaps(bias):
+        gaps = bias.detach().repeat_interleave(2)
+        gaps[1::2] = torch.nan
+        return gaps[::2]
+
+    strided = [*student[:2], with_gaps(student[2]).requires_grad_()], [*teacher[:2], with_gaps(teacher[2])]
+    for a, b in zip(*(run(linear_divergence, *sides, kind=kind) for sides in ((student, teacher), strided)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_recomputes_lets_the_backward_read_what_it_saved():
+    student, teacher = make()
+    value_T = checkpoint(linear_divergence, *student[:2], *teacher[:2], use_reentrant=False)
+    expected_T = linear_divergence(*student[:2], *teacher[:2])
+    gradients = (torch.autograd.grad(x.sum(), student[:2]) for x in (value_T, expected_T))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_bad_input_is_named_with_its_remedy():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from warpline.kernels.linear_logprob import (
     TokenStats,
@@ -156,6 +157,32 @@ def test_noncontiguous_inputs_change_nothing():
         ours, theirs = function(*strided, strided_target_T), function(*inputs[:2], target_T)
         for a, b in zip(gradients(ours, strided), gradients(theirs, inputs[:2]), strict=True):
             same(a, b)
+
+
+@pytest.mark.interpreter
+def test_a_bias_and_targets_with_gaps_are_read_where_they_are():
+    inputs, target_T = make(9, dtype=torch.float32)
+    target_TC = torch.stack([target_T, target_T.roll(1)], 1)
+    gaps = inputs[2].detach().repeat_interleave(2)
+    gaps[1::2] = torch.nan
+    strided = [*inputs[:2], gaps[::2].requires_grad_()]
+    results = []
+    for tensors, target in ((inputs, target_TC), (strided, target_TC.t().contiguous().t())):
+        stats = linear_logprob(*tensors[:2], target, bias_V=tensors[2], **ALL)
+        results.append([*stats, *gradients(stats, tensors)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_recomputes_lets_the_backward_read_what_it_saved():
+    inputs, target_T = make()
+
+    def losses(h, w, b):
+        return linear_logprob(h, w, target_T, bias_V=b).lse_T, linear_cross_entropy(h, w, target_T, bias_V=b)
+
+    recomputed = checkpoint(losses, *inputs, use_reentrant=False)
+    for a, b in zip(gradients(recomputed, inputs), gradients(losses(*inputs), inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
@@ -318,6 +345,13 @@ def test_bad_input_is_named_with_its_remedy(function):
         function(hidden, weight, target_T, bias_V=torch.zeros(3))
     with pytest.raises(ValueError, match=r"target is torch.int64 of shape \(26,\)"):
         function(hidden, weight, target_T[1:])
+    for no_targets in (torch.zeros(27, 0).long(), target_T.to("meta")):
+        with pytest.raises(ValueError, match=r"target is .* on (cpu|meta); expected|target has shape \(27, 0\); expected"):
+            function(hidden, weight, no_targets)
+    with pytest.raises(ValueError, match=r"are torch.int64, torch.float64 with product_dtype None; expected fp16"):
+        function(hidden.long(), weight, target_T)
+    with pytest.raises(ValueError, match=r"product_dtype torch.int8; expected fp16"):
+        function(hidden, weight, target_T, product_dtype=torch.int8)
     with pytest.raises(ValueError, match="softcap is 0"):
         function(hidden, weight, target_T, softcap=0)
 
@@ -326,6 +360,8 @@ def test_bad_options_are_named():
     (hidden, weight), target_T = make(bias=False)
     with pytest.raises(ValueError, match="temperature is 0"):
         linear_logprob(hidden, weight, target_T, temperature=0)
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.5; expected 0 <="):
+        linear_cross_entropy(hidden, weight, target_T, label_smoothing=1.5)
     with pytest.raises(ValueError, match="reduction is 'avg'"):
         linear_cross_entropy(hidden, weight, target_T, reduction="avg")
     with pytest.raises(ValueError, match=r"position \(2, 1\) is 99"):

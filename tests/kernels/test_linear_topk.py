@@ -1,5 +1,7 @@
 """Top-k caches and the divergences from them, against full logits."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_topk_finds_the_most_probable_ids():
     assert (ids_TC == expected_ids).all()
     same(logprobs_TC, expected.detach())
     assert not logprobs_TC.requires_grad
-    with pytest.raises(ValueError, match="k is 12; expected 1 to the vocabulary's 11"):
+    with pytest.raises(ValueError, match="k is 12; expected an int from 1 to the vocabulary's 11"):
         linear_topk(hidden, weight, 12)
 
 
@@ -92,9 +94,30 @@ def test_a_cache_of_the_whole_vocabulary_is_the_full_divergence(kind):
     same(linear_topk_divergence(*student[:2], *cache, kind=kind), full_T, 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bucket_of_a_peaked_teacher_is_as_exact_as_its_cache(dtype):
+    """All but 1e-10 of the teacher's mass on its first token: 1 − t rounds to 0 in fp32."""
+    outside = 1e-10
+    ids_TC, logprobs_TC = torch.tensor([[2, 4]]), torch.tensor([[0.0, -30.0]], dtype=torch.float64)
+    logprobs_TC[0, 0] = math.log1p(-outside - math.exp(-30.0))
+    hidden, weight = torch.zeros(1, 3, dtype=dtype), torch.zeros(5, 3, dtype=dtype)  # the student is uniform
+    t_o, s_o = outside, 3 / 5
+    rest = sum(0.2 * (math.log(0.2) - float(x)) for x in logprobs_TC[0])
+    expected = rest + s_o * math.log(s_o / t_o)
+    value_T = linear_topk_divergence(hidden, weight, ids_TC, logprobs_TC.to(dtype), kind="reverse_kl")
+    assert abs(float(value_T) - expected) <= 10 * torch.finfo(dtype).eps * expected
+
+
+def test_a_cache_in_fp64_makes_the_divergence_fp64():
+    ids_TC, logprobs_TC = torch.tensor([[2, 4]]), torch.tensor([[-0.5, -1.5]], dtype=torch.float64)
+    assert linear_topk_divergence(torch.zeros(1, 3), torch.zeros(5, 3), ids_TC, logprobs_TC).dtype == torch.float64
+
+
 def test_bad_input_is_named_with_its_remedy():
     (hidden, weight, _), (teacher_hidden, teacher_weight) = make()
     with pytest.raises(ValueError, match="tail is 'drop'"):
         linear_topk_divergence(hidden, weight, *linear_topk(teacher_hidden, teacher_weight, 2), tail="drop")
     with pytest.raises(ValueError, match=r"expected \[T, C\] twice"):
         linear_topk_divergence(hidden, weight, torch.zeros(27, 2).long(), torch.zeros(27, 3))
+    with pytest.raises(ValueError, match=r"k is 2\.0; expected an int"):
+        linear_topk(hidden, weight, 2.0)

@@ -5,6 +5,7 @@ import torch
 
 from warpline.kernels.logit_block import Coefficient, Wanted
 from warpline.kernels.token_statistics import (
+    NO_TARGET,
     Call,
     Inputs,
     LossTerms,
@@ -72,7 +73,7 @@ def test_coefficients_worked_by_hand():
     one = torch.ones(2, dtype=torch.float64)
     upstream = Upstream(3 * one[:, None], 5 * one, 7 * one, 11 * one, 13 * one)
     saved = (2 * one, 0.5 * one, 1.5 * one, 0.25 * one)  # maximum, log sum, entropy, Σ p²
-    table, d_target = coefficients_of(saved, upstream, torch.tensor([[1], [-1]]), 4)
+    table, d_target = coefficients_of(saved, upstream, torch.tensor([[1], [NO_TARGET]]), 4)
     expected = [2, 0.5, 5 - 3 - 7 * 1.5 - 2 * 11 * 0.25, -7, 22, 13 / 4]
     assert table[:, 0].tolist() == expected and d_target[:, 0].tolist() == [3, 0]
     assert table[: Coefficient.A, 1].tolist() == [2, 0.5] and (table[Coefficient.A :, 1] == 0).all()  # an ignored token
