@@ -8,7 +8,8 @@
 **Dtypes** those of the inputs; powers of γ λ in the same.
 **Traffic** a few numbers per token.
 **Source** GAE, arXiv 1506.02438; the KL in the reward, InstructGPT, arXiv 2203.02155; REINFORCE++, arXiv 2501.03262.
-**Limits** No gradient: rewards and values are constants here. Reads the longest sequence's length on the host.
+**Limits** No gradient: rewards and values are constants here. Tokens outside the mask or past the last boundary may hold
+  anything. Reads the boundaries and the longest sequence's length on the host.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .sequence_sum import check_vectors, counted_length, counted_tokens, sequence_of_token
 
 BLOCK = 64
 
@@ -45,16 +48,14 @@ def gae(
     """(advantages [T], returns [T]); masked tokens, such as a tool's answer, are carried over and get 0."""
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gamma, lam are {gamma}, {lam}; expected numbers from 0 to 1")
-    if reward_T.shape != value_T.shape or (mask_T is not None and mask_T.shape != value_T.shape):
-        shapes = f"reward {list(reward_T.shape)}, value {list(value_T.shape)}"
-        raise ValueError(f"received {shapes} and a mask of another shape; expected one shape [T]: pack the tokens")
-    num_tokens, num_used = len(value_T), int(cu_seqlens[-1])
-    token_T = torch.arange(num_tokens, device=value_T.device)
-    is_counted_T = token_T < num_used if mask_T is None else mask_T & (token_T < num_used)
-    sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True)
-    counted = is_counted_T.nonzero()[:, 0]
-    num_sequences = cu_seqlens.numel() - 1
-    length_B = torch.bincount(sequence_T[counted], minlength=num_sequences)
+    check_vectors(reward=reward_T, value=value_T)
+    if reward_T.dtype != value_T.dtype:
+        raise ValueError(
+            f"received reward {reward_T.dtype}, value {value_T.dtype}; expected one dtype: convert the coarser one"
+        )
+    is_counted_T = counted_tokens(value_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    sequence_T, counted = sequence_of_token(cu_seqlens, len(value_T)), is_counted_T.nonzero()[:, 0]
+    num_sequences, length_B = cu_seqlens.numel() - 1, counted_length(is_counted_T, cu_seqlens)
     first_B = length_B.cumsum(0) - length_B
     width = -(-max(1, int(length_B.max()) if num_sequences else 0) // BLOCK) * BLOCK
     # Sequences stand at the left of rows of `width`; what is behind them is 0 and adds nothing.
@@ -97,22 +98,25 @@ def reward_per_token(
 
     β is 0.02 there, and the reference is the model that PPO starts from. A sequence without a counted token gets nothing.
     """
-    num_tokens, ends_B = len(logprob_T), cu_seqlens[1:].long()
-    token_T = torch.arange(num_tokens, device=logprob_T.device)
-    is_counted_T = token_T < ends_B[-1] if mask_T is None else mask_T & (token_T < ends_B[-1])
+    check_vectors(logprob=logprob_T, reference_logprob=reference_logprob_T)
+    is_counted_T = counted_tokens(logprob_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    num_tokens, num_sequences = len(logprob_T), cu_seqlens.numel() - 1
+    if reward_B.shape != (num_sequences,):
+        raise ValueError(f"reward is {list(reward_B.shape)}; expected [{num_sequences}]: one number for each sequence")
     reward_T = torch.where(is_counted_T, -beta * (logprob_T - reference_logprob_T).detach(), 0.0)
-    sequence_T = torch.searchsorted(ends_B, token_T, right=True).clamp(max=len(ends_B) - 1)
-    last_B = reward_T.new_full((len(ends_B),), -1, dtype=torch.long)
-    last_B = last_B.scatter_reduce(0, sequence_T, torch.where(is_counted_T, token_T, -1), "amax")
+    last_B = torch.full((num_sequences + 1,), -1, device=logprob_T.device)
+    token_T = torch.where(is_counted_T, torch.arange(num_tokens, device=logprob_T.device), -1)
+    last_B = last_B.scatter_reduce(0, sequence_of_token(cu_seqlens, num_tokens), token_T, "amax")[:-1]
     has_token_B = last_B >= 0
-    return reward_T.index_add(0, last_B[has_token_B], reward_B[has_token_B].to(reward_T.dtype))
+    return reward_T.index_add(0, last_B[has_token_B], reward_B[has_token_B].detach().to(reward_T.dtype))
 
 
 def moments(values_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """[count, Σ x, Σ x²] of counted values in fp64: add these up over ranks and accumulation, then `whiten`."""
-    counted_T = torch.ones_like(values_T, dtype=torch.bool) if mask_T is None else mask_T
-    x_T = torch.where(counted_T, values_T, 0.0).double()
-    return torch.stack([counted_T.sum().double(), x_T.sum(), x_T.square().sum()])
+    check_vectors(values=values_T)
+    is_counted_T = counted_tokens(values_T, mask_T=mask_T)
+    x_T = torch.where(is_counted_T, values_T, 0.0).double()
+    return torch.stack([is_counted_T.sum().double(), x_T.sum(), x_T.square().sum()])
 
 
 def whiten(values_T: Tensor, total: Tensor, *, shift: bool = True, eps: float = 1e-8) -> Tensor:
@@ -120,7 +124,10 @@ def whiten(values_T: Tensor, total: Tensor, *, shift: bool = True, eps: float = 
 
     PPO whitens its advantages so; REINFORCE++ its reward-to-go with the KL in the reward, over the whole batch.
     """
-    count, mean = total[0], total[1] / total[0]
+    if total.shape != (3,):
+        raise ValueError(f"total is {list(total.shape)}; expected [3]: the sum of `moments` over ranks and accumulation")
+    count = total[0].clamp(min=1)
+    mean = total[1] / count
     variance = (total[2] / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
     whitened_T = (values_T - mean) * torch.rsqrt(variance + eps)
     return (whitened_T if shift else whitened_T + mean).to(values_T.dtype)

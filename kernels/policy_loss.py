@@ -10,27 +10,28 @@
     sequence                 one term a sequence   number of sequences                                  rloo gmpo luspo
   Advantages: `group_advantage` here; GAE, reward-to-go, whitening (PPO, REINFORCE++) and the KL in the reward in `gae`.
 **Shapes** T packed tokens of B sequences, bounded by cu_seqlens [B + 1]; reward [B]; a mask is True where a token counts
-  (model tokens of completions), and masked values may be anything, NaN included. Losses are scalars.
+  (model tokens of completions). Nothing is broadcast; losses are scalars. Tokens outside the mask, of weight 0 or past the
+  last boundary count for nothing, in value and gradient, and may hold anything, NaN included; so for a sequence of such tokens.
 **Dtypes** those of the inputs: pass fp32 log-probabilities. Log-ratios are limited to ±LOG_RATIO_LIMIT, beyond which
   they have no gradient.
 **Traffic** a few numbers per token.
 **Source** PPO arXiv 1707.06347; dual clip 1912.09729; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476;
   GSPO 2507.18071; CISPO 2506.13585; RLOO 2402.14740; SAPO 2511.20347; GMPO 2507.20673; VESPO, LUSPO as in TRL; Kimi K2.5
   2602.02276; DPPO 2602.04879; InstructGPT 2203.02155; k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
-**Limits** A sequence lies whole on one rank: gspo and rloo sum its log-ratios. These are elementwise torch on any
-  device; the formulas are their own references.
+**Limits** A sequence lies whole on one rank: gspo and rloo sum its log-ratios. Old log-probabilities and weights are
+  constants. cu_seqlens are read on the host. These are elementwise torch on any device; the formulas are their own references.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .sequence_sum import sequence_sum
+from .sequence_sum import check_vectors, counted_length, counted_tokens, sequence_sum, spread
 
 # As verl and NeMo-RL do: exp(20) is 4.9e8, finite in every float type but fp16, and far past any clip.
 LOG_RATIO_LIMIT = 20.0
@@ -52,7 +53,8 @@ def group_advantage(
     if group_size < 2 or reward_B.dim() != 1 or len(reward_B) % group_size:
         received = f"{tuple(reward_B.shape)} rewards in groups of {group_size}"
         raise ValueError(f"received {received}; expected [B], B a multiple of a group size >= 2: sample more completions")
-    reward_PG = reward_B.view(-1, group_size)
+    check_vectors(reward=reward_B)
+    reward_PG = reward_B.reshape(-1, group_size)
     centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     scales: dict[str, Callable[[], Tensor | float]] = {
         "group_std": lambda: 1 / (reward_PG.std(1, keepdim=True) + eps),
@@ -62,22 +64,26 @@ def group_advantage(
     }
     if normalise not in scales:
         raise ValueError(f"normalise is {normalise!r}; expected one of {list(scales)}")
-    return (centred_PG * scales[normalise]()).view(-1)
+    return (centred_PG * scales[normalise]()).reshape(-1)
 
 
-def kl_k1(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
-    """lp − lp_ref: unbiased, of either sign. For the reward (PPO, RLOO): as a loss its expected gradient is zero."""
-    return logprob_T - reference_logprob_T
+def kl_k1(logprob_T: Tensor, reference_logprob_T: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
+    """lp − lp_ref: unbiased, of either sign. For the reward (PPO, RLOO): as a loss its expected gradient is zero.
+
+    `mask_T`: where False, 0 in value and gradient. For the k2 and k3 of NaN a mask given to `weighted_sum` alone is too late.
+    """
+    check_vectors(logprob=logprob_T, reference_logprob=reference_logprob_T)
+    return _only(counted_tokens(logprob_T, mask_T=mask_T), logprob_T - reference_logprob_T)
 
 
-def kl_k2(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
+def kl_k2(logprob_T: Tensor, reference_logprob_T: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
     """½ (lp − lp_ref)²: biased, but its gradient on-policy is the reverse KL's."""
-    return 0.5 * (logprob_T - reference_logprob_T).square()
+    return 0.5 * kl_k1(logprob_T, reference_logprob_T, mask_T=mask_T).square()
 
 
-def kl_k3(logprob_T: Tensor, reference_logprob_T: Tensor) -> Tensor:
+def kl_k3(logprob_T: Tensor, reference_logprob_T: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
     """exp(lp_ref − lp) − (lp_ref − lp) − 1: unbiased and never negative, GRPO's loss term. Gradient 1 − exp(lp_ref − lp)."""
-    log_ratio_T = (reference_logprob_T - logprob_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio_T = -kl_k1(logprob_T, reference_logprob_T, mask_T=mask_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return torch.expm1(log_ratio_T) - log_ratio_T
 
 
@@ -89,27 +95,38 @@ def weighted_sum(
     weight_T: Tensor | None = None,
 ) -> Tensor:
     """Σ weight · value over counted tokens / denominator: the aggregation of every loss here, and of a KL term beside it."""
-    values_T = values_T if weight_T is None else values_T * weight_T
-    return _counted(values_T, mask_T).sum() / denominator
+    check_vectors(values=values_T)
+    if denominator.dim() != 0 if isinstance(denominator, Tensor) else not denominator > 0:
+        received = list(denominator.shape) if isinstance(denominator, Tensor) else denominator
+        raise ValueError(f"denominator is {received}; expected one number > 0: count tokens or sequences over all ranks")
+    is_counted_T = counted_tokens(values_T, mask_T=mask_T, weight_T=weight_T)
+    values_T = _only(is_counted_T, values_T)
+    return (values_T if weight_T is None else values_T * _only(is_counted_T, weight_T.detach())).sum() / denominator
 
 
 def sequence_mean_weight(
     cu_seqlens: Tensor, num_tokens: int, *, mask_T: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Weight of each token, 1 / counted tokens of its sequence: seq-mean-token-mean. 0 for tokens that do not count."""
-    counted_T = torch.ones(num_tokens, dtype=dtype, device=cu_seqlens.device) if mask_T is None else mask_T.to(dtype)
-    length_B = sequence_sum(counted_T, cu_seqlens)
-    return counted_T * _spread((1 / length_B.clamp(min=1)).to(dtype), cu_seqlens, num_tokens)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected a floating-point one: weights are fractions")
+    like_T = cu_seqlens.new_empty(num_tokens)
+    is_counted_T = counted_tokens(like_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    weight_B = (1 / counted_length(is_counted_T, cu_seqlens).clamp(min=1).double()).to(dtype)
+    return _only(is_counted_T, spread(weight_B, cu_seqlens, num_tokens))
 
 
 def clipped_surrogate(
     ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
     """max(−rA, −clip(r, 1 − low, 1 + high) A); with a dual clip c > 1, at most −cA where A < 0."""
-    if not 0 <= clip_low <= 1 or clip_high < 0:
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(f"clip_low, clip_high are {clip_low}, {clip_high}; expected 0 <= clip_low <= 1, clip_high >= 0")
-    if dual_clip is not None and dual_clip <= 1:
+    if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}; expected > 1, or None for no dual clip")
+    if ratio.shape != advantage.shape:
+        shapes = f"ratio {list(ratio.shape)}, advantage {list(advantage.shape)}"
+        raise ValueError(f"received {shapes}; expected one shape: give every ratio its advantage")
     loss = torch.maximum(-ratio * advantage, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
     if dual_clip is None:
         return loss
@@ -133,9 +150,9 @@ def ppo(
     `weight_T` may also carry a detached importance weight (rollout mismatch). grpo, dr_grpo and dapo are this loss with
     another aggregation or clip.
     """
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
-    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high, dual_clip)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T, weight_T=weight_T)
+    loss_T = clipped_surrogate(torch.exp(tokens.log_ratio_T), tokens.advantage_T, clip_low, clip_high, dual_clip)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=tokens.is_counted_T, weight_T=weight_T)
 
 
 def grpo(
@@ -152,9 +169,9 @@ def grpo(
     """The clipped loss, seq-mean-token-mean: `weight_T` is `sequence_mean_weight(...)`, `denominator` the global number
     of sequences. A "group_std" advantage and a kl_k3 term (same weights and denominator) complete the paper's GRPO.
     """
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
-    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T, weight_T=weight_T)
+    loss_T = clipped_surrogate(torch.exp(tokens.log_ratio_T), tokens.advantage_T, clip_low, clip_high)
+    return weighted_sum(loss_T, denominator=denominator, mask_T=tokens.is_counted_T, weight_T=weight_T)
 
 
 def dr_grpo(
@@ -170,9 +187,9 @@ def dr_grpo(
     """The clipped loss without a length bias: `denominator` is the global number of sequences × the *largest allowed*
     completion length, a constant of the run. Goes with a "none" advantage.
     """
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
-    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    return ppo(
+        logprob_T, old_logprob_T, advantage_T, denominator=denominator, mask_T=mask_T, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def dapo(
@@ -189,9 +206,9 @@ def dapo(
 
     The paper's dynamic sampling and overlong penalty act on data and reward. (TRL's "dapo" is the aggregation alone.)
     """
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
-    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    return ppo(
+        logprob_T, old_logprob_T, advantage_T, denominator=denominator, mask_T=mask_T, clip_low=clip_low, clip_high=clip_high
+    )
 
 
 def gspo(
@@ -209,12 +226,13 @@ def gspo(
     number of sequences. Written per token as sg[s] · π / sg[π] (the paper's GSPO-token, verl's form): with one advantage
     per sequence it has GSPO's value and gradient, and it also takes advantages that differ by token.
     """
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
-    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
-    mean_B = sequence_sum(log_ratio_T.detach(), cu_seqlens, weight_T=weight_T)
-    ratio_T = torch.exp(_spread(mean_B, cu_seqlens, len(logprob_T)) + log_ratio_T - log_ratio_T.detach())
-    loss_T = clipped_surrogate(ratio_T, advantage_T, clip_low, clip_high)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    log_ratio_T, length_B = tokens.log_ratio_T, counted_length(tokens.is_counted_T, cu_seqlens)
+    mean_B = sequence_sum(log_ratio_T.detach(), cu_seqlens) / length_B.clamp(min=1)
+    ratio_T = torch.exp(spread(mean_B, cu_seqlens, len(logprob_T)) + log_ratio_T - log_ratio_T.detach())
+    loss_T = clipped_surrogate(ratio_T, tokens.advantage_T, clip_low, clip_high)
+    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=tokens.is_counted_T, dtype=mean_B.dtype)
+    return weighted_sum(loss_T, denominator=denominator, weight_T=weight_T)
 
 
 def cispo(
@@ -237,9 +255,10 @@ def cispo(
     bounds = {"relative": (1 - clip_low, 1 + clip_high), "absolute": (None, clip_high)}
     if bound not in bounds:
         raise ValueError(f"bound is {bound!r}; expected one of {list(bounds)}")
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T)).detach()
-    loss_T = -ratio_T.clamp(*bounds[bound]) * advantage_T * _counted(logprob_T, mask_T)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    _check_not_negative(clip_low=clip_low, clip_high=clip_high)
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T)
+    weight_T = torch.exp(tokens.log_ratio_T).detach().clamp(*bounds[bound])
+    return weighted_sum(-weight_T * tokens.advantage_T * tokens.logprob_T, denominator=denominator)
 
 
 def sapo(
@@ -257,10 +276,14 @@ def sapo(
 
     Aggregated as GRPO: `weight_T` is `sequence_mean_weight(...)`, `denominator` the global number of sequences.
     """
-    ratio_T = torch.exp(_log_ratio(logprob_T, old_logprob_T, mask_T))
-    tau_T = torch.where(advantage_T > 0, temperature_positive, temperature_negative)
-    loss_T = -advantage_T * torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T, weight_T=weight_T)
+    temperatures = temperature_positive, temperature_negative
+    if not all(temperature > 0 for temperature in temperatures):
+        raise ValueError(f"temperatures are {temperatures}; expected numbers > 0: the paper's are 1 and 1.05")
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T, weight_T=weight_T)
+    ratio_T = torch.exp(tokens.log_ratio_T)
+    tau_T = _choose(tokens.advantage_T > 0, *temperatures, ratio_T.dtype)
+    loss_T = -tokens.advantage_T * torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T
+    return weighted_sum(loss_T, denominator=denominator, mask_T=tokens.is_counted_T, weight_T=weight_T)
 
 
 def gmpo(
@@ -279,13 +302,13 @@ def gmpo(
     Each token's log-ratio is clipped before the geometric mean, to ±0.4 and only in the direction of the advantage: from
     above where A ≥ 0, from below where A < 0.
     """
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
-    clipped_T = log_ratio_T.clamp(-log_clip_low, log_clip_high)
-    is_good_T = _spread(advantage_B >= 0, cu_seqlens, len(logprob_T))
-    chosen_T = torch.where(is_good_T, torch.minimum(log_ratio_T, clipped_T), torch.maximum(log_ratio_T, clipped_T))
-    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
-    ratio_B = torch.exp(sequence_sum(chosen_T, cu_seqlens, weight_T=weight_T))
-    return -(ratio_B * advantage_B).sum() / denominator
+    _check_not_negative(log_clip_low=log_clip_low, log_clip_high=log_clip_high)
+    tokens, advantage_B = _sequences(logprob_T, old_logprob_T, advantage_B, mask_T, cu_seqlens)
+    is_good_T = spread(advantage_B >= 0, cu_seqlens, len(logprob_T))
+    length_B = counted_length(tokens.is_counted_T, cu_seqlens)
+    chosen_T = torch.where(is_good_T, tokens.log_ratio_T.clamp(max=log_clip_high), tokens.log_ratio_T.clamp(min=-log_clip_low))
+    ratio_B = torch.exp(sequence_sum(chosen_T, cu_seqlens) / length_B.clamp(min=1))
+    return weighted_sum(-ratio_B * advantage_B, denominator=denominator)
 
 
 def luspo(
@@ -301,11 +324,11 @@ def luspo(
 ) -> Tensor:
     """GSPO's clipped loss of each sequence times its number of counted tokens: `denominator` is the global number of
     sequences, so that long sequences are not paid less per token."""
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
-    weight_T = sequence_mean_weight(cu_seqlens, len(logprob_T), mask_T=mask_T, dtype=log_ratio_T.dtype)
-    ratio_B = torch.exp(sequence_sum(log_ratio_T, cu_seqlens, weight_T=weight_T))
-    length_B = sequence_sum((weight_T > 0).to(log_ratio_T.dtype), cu_seqlens)
-    return (clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high) * length_B).sum() / denominator
+    tokens, advantage_B = _sequences(logprob_T, old_logprob_T, advantage_B, mask_T, cu_seqlens)
+    length_B = counted_length(tokens.is_counted_T, cu_seqlens)
+    ratio_B = torch.exp(sequence_sum(tokens.log_ratio_T, cu_seqlens) / length_B.clamp(min=1))
+    loss_B = clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high) * length_B
+    return weighted_sum(loss_B, denominator=denominator)
 
 
 def vespo(
@@ -323,12 +346,15 @@ def vespo(
 
     `positive` and `negative` are (k, λ) by the advantage's sign. log w is limited to [log 1e-8, 20], as in TRL.
     """
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T).detach()
-    log_w_B = sequence_sum(log_ratio_T, cu_seqlens).clamp(math.log(1e-8), LOG_RATIO_LIMIT)
-    k_B, lambda_B = (torch.where(advantage_B >= 0, good, bad) for good, bad in zip(positive, negative, strict=True))
+    for k, lam in (positive, negative):
+        _check_not_negative(k=k, λ=lam)
+    tokens, advantage_B = _sequences(logprob_T, old_logprob_T, advantage_B, mask_T, cu_seqlens)
+    log_w_B = sequence_sum(tokens.log_ratio_T.detach(), cu_seqlens).clamp(math.log(1e-8), LOG_RATIO_LIMIT)
+    is_good_B = advantage_B >= 0
+    k_B, lambda_B = (_choose(is_good_B, *pair, log_w_B.dtype) for pair in zip(positive, negative, strict=True))
     phi_B = torch.exp(lambda_B + k_B * log_w_B - lambda_B * log_w_B.exp())
-    loss_T = -_spread(phi_B * advantage_B, cu_seqlens, len(logprob_T)) * _counted(logprob_T, mask_T)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    loss_T = -spread(phi_B * advantage_B, cu_seqlens, len(logprob_T)) * tokens.logprob_T
+    return weighted_sum(loss_T, denominator=denominator)
 
 
 def kimi(
@@ -345,10 +371,11 @@ def kimi(
 
     Kimi K2.5's; its advantage is (r − mean) / τ, its bounds are not published.
     """
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T).detach()
-    is_kept_T = (log_ratio_T >= low) & (log_ratio_T <= high)
-    loss_T = torch.where(is_kept_T, -advantage_T * _counted(logprob_T, mask_T), 0.0)
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    if not low <= high:
+        raise ValueError(f"low, high are {low}, {high}; expected low <= high: bounds of log r, around 0")
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T)
+    is_kept_T = (tokens.log_ratio_T >= low) & (tokens.log_ratio_T <= high)
+    return weighted_sum(-tokens.advantage_T * tokens.logprob_T, denominator=denominator, mask_T=is_kept_T)
 
 
 def dppo(
@@ -363,11 +390,12 @@ def dppo(
 ) -> Tensor:
     """−A r, dropped where the token's *probability* has moved by more than `limit` in the advantage's direction, plus
     `log_ratio_weight` (log r)² on every counted token: prime-rl's default, whose `old_logprob_T` is the rollout engine's."""
-    log_ratio_T = _log_ratio(logprob_T, old_logprob_T, mask_T)
-    moved_T = (_counted(logprob_T, mask_T).exp() - _counted(old_logprob_T, mask_T).exp()).detach()
-    is_dropped_T = torch.where(advantage_T > 0, moved_T > limit, moved_T < -limit)
-    surrogate_T = torch.where(is_dropped_T, 0.0, -advantage_T * torch.exp(log_ratio_T))
-    return weighted_sum(surrogate_T + log_ratio_weight * log_ratio_T.square(), denominator=denominator, mask_T=mask_T)
+    _check_not_negative(limit=limit, log_ratio_weight=log_ratio_weight)
+    tokens = _tokens(logprob_T, old_logprob_T, advantage_T, mask_T=mask_T)
+    moved_T = (tokens.logprob_T.exp() - tokens.old_logprob_T.exp()).detach()
+    is_dropped_T = torch.where(tokens.advantage_T > 0, moved_T > limit, moved_T < -limit)
+    surrogate_T = torch.where(is_dropped_T, 0.0, -tokens.advantage_T * torch.exp(tokens.log_ratio_T))
+    return weighted_sum(surrogate_T + log_ratio_weight * tokens.log_ratio_T.square(), denominator=denominator)
 
 
 def rloo(
@@ -385,9 +413,10 @@ def rloo(
     number of sequences. TRL's convention (verl's "rloo" is the "leave_one_out" advantage with the token-level loss).
     On-policy its gradient is REINFORCE's, −A Σ d lp.
     """
-    log_ratio_B = sequence_sum(_log_ratio(logprob_T, old_logprob_T, mask_T), cu_seqlens)
-    ratio_B = torch.exp(log_ratio_B.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    return clipped_surrogate(ratio_B, advantage_B, clip_low, clip_high).sum() / denominator
+    tokens, advantage_B = _sequences(logprob_T, old_logprob_T, advantage_B, mask_T, cu_seqlens)
+    log_ratio_B = sequence_sum(tokens.log_ratio_T, cu_seqlens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    loss_B = clipped_surrogate(torch.exp(log_ratio_B), advantage_B, clip_low, clip_high)
+    return weighted_sum(loss_B, denominator=denominator)
 
 
 def clipped_value_loss(
@@ -400,9 +429,13 @@ def clipped_value_loss(
     clip: float = 0.2,
 ) -> Tensor:
     """PPO's ½ max((V − R)², (clip(V, V_old ± clip) − R)²), token-mean."""
+    _check_not_negative(clip=clip)
+    check_vectors(value=value_T, old_value=old_value_T, returns=return_T)
+    is_counted_T = counted_tokens(value_T, mask_T=mask_T)
+    value_T, old_value_T, return_T = (_only(is_counted_T, values_T) for values_T in (value_T, old_value_T, return_T))
     clipped_T = torch.minimum(torch.maximum(value_T, old_value_T - clip), old_value_T + clip)
     loss_T = 0.5 * torch.maximum((value_T - return_T).square(), (clipped_T - return_T).square())
-    return weighted_sum(loss_T, denominator=denominator, mask_T=mask_T)
+    return weighted_sum(loss_T, denominator=denominator)
 
 
 def pretraining_mix(
@@ -413,22 +446,50 @@ def pretraining_mix(
     The paper gives γ = 27.8 but not what the sum is divided by, and γ means something only with that: the global number of
     these tokens (token-mean), of examples (example-mean), or 1 (sum).
     """
-    return weighted_sum(-gamma * _counted(logprob_T, mask_T), denominator=denominator, mask_T=mask_T)
+    _check_not_negative(gamma=gamma)
+    return -gamma * weighted_sum(logprob_T, denominator=denominator, mask_T=mask_T)
 
 
-def _counted(values_T: Tensor, mask_T: Tensor | None) -> Tensor:
-    return values_T if mask_T is None else torch.where(mask_T, values_T, 0.0)
+class _Tokens(NamedTuple):
+    """What a token-level loss computes with: 0 at tokens that do not count, so that what they hold gets no further."""
+
+    logprob_T: Tensor
+    old_logprob_T: Tensor
+    log_ratio_T: Tensor
+    advantage_T: Tensor
+    is_counted_T: Tensor
 
 
-def _log_ratio(logprob_T: Tensor, old_logprob_T: Tensor, mask_T: Tensor | None) -> Tensor:
-    if mask_T is not None and mask_T.dtype != torch.bool:
-        raise ValueError(f"mask is {mask_T.dtype}; expected torch.bool, True where a token counts")
-    log_ratio_T = _counted(logprob_T - old_logprob_T.detach(), mask_T)
-    return log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+def _tokens(logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor, **conditions: Tensor | None) -> _Tokens:
+    check_vectors(logprob=logprob_T, old_logprob=old_logprob_T, advantage=advantage_T)
+    is_counted_T = counted_tokens(logprob_T, **conditions)
+    logprob_T, old_logprob_T = _only(is_counted_T, logprob_T), _only(is_counted_T, old_logprob_T.detach())
+    log_ratio_T = (logprob_T - old_logprob_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return _Tokens(logprob_T, old_logprob_T, log_ratio_T, _only(is_counted_T, advantage_T), is_counted_T)
 
 
-def _spread(values_B: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Each token's own sequence's value; 0 for tokens past the last boundary."""
-    positions_T = torch.arange(num_tokens, device=cu_seqlens.device)
-    sequence_T = torch.searchsorted(cu_seqlens[1:].long(), positions_T, right=True)
-    return torch.cat([values_B, values_B.new_zeros(1)])[sequence_T]
+def _sequences(
+    logprob_T: Tensor, old_logprob_T: Tensor, advantage_B: Tensor, mask_T: Tensor | None, cu_seqlens: Tensor
+) -> tuple[_Tokens, Tensor]:
+    """The tokens, and each sequence's advantage, 0 where none of its tokens counts."""
+    check_vectors(advantage=advantage_B)
+    tokens = _tokens(logprob_T, old_logprob_T, torch.zeros_like(logprob_T), mask_T=mask_T, cu_seqlens=cu_seqlens)
+    length_B = counted_length(tokens.is_counted_T, cu_seqlens)
+    if advantage_B.shape != length_B.shape:
+        raise ValueError(f"advantage is {list(advantage_B.shape)}; expected {list(length_B.shape)}: one number a sequence")
+    return tokens, _only(length_B > 0, advantage_B)
+
+
+def _only(is_counted: Tensor, values: Tensor) -> Tensor:
+    return torch.where(is_counted, values, 0.0)
+
+
+def _choose(is_first: Tensor, first: float, second: float, dtype: torch.dtype) -> Tensor:
+    """`first` or `second` in the dtype of the loss: torch.where of two numbers would round them to fp32."""
+    return torch.full_like(is_first, second, dtype=dtype).masked_fill(is_first, first)
+
+
+def _check_not_negative(**options: float) -> None:
+    for name, value in options.items():
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; expected a number >= 0: leave out its sign")

@@ -4,10 +4,13 @@
   response, h = lp_policy − lp_reference, and |y| a response's number of counted tokens. σ is the logistic function, Δ is
   h_w − h_l. Where TRL has the name, β, sums and defaults are TRL's unless the docstring says otherwise.
 **Shapes** every tensor is [B], one number per pair (kto: per response); the loss is [B], and its mean is the caller's.
+  Nothing is broadcast but a tensor [], one number for all, where the docstring says so. Tokens outside a mask or past the last
+  boundary count for nothing, whatever they hold.
 **Dtypes** those of the inputs: pass fp32 sums.
 **Traffic** a few numbers per pair.
 **Source** beside each formula. Where one name means different mathematics, the docstring says which is meant.
-**Limits** Sequence sums and means come from token log-probabilities, by `sequence_sum`. These are
+**Limits** Sequence sums and means come from token log-probabilities, by `sequence_sum`. Exponents are limited to
+  EXPONENT_LIMIT and log odds by CERTAIN_LOGPROB; beyond, they have no gradient. These are
   elementwise torch on any device; no kernel will replace them, and the formulas are their own references.
 """
 
@@ -20,7 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from .sequence_sum import sequence_sum
+from .sequence_sum import check_cu_seqlens, check_vectors, counted_length, counted_tokens, sequence_sum, spread
+
+EXPONENT_LIMIT = 80.0  # TRL's, in f-DPO's alpha divergence: exp(80) is 5.5e34, finite in fp32 and bf16
+CERTAIN_LOGPROB = -1e-7  # log odds of 16.1; an average of fp32 log-probabilities is not known to more than that
 
 
 def dpo(
@@ -85,14 +91,15 @@ def ipo(
     """(h_w/|y_w| − h_l/|y_l| − 1/(2β))², β being the paper's τ. arXiv 2310.12036.
 
     Takes sums, and both lengths: TRL's convention, length-averaged (its authors' reading). Without lengths h is taken as
-    it is: given sums that is OpenRLHF's convention, given averages TRL's again.
+    it is: given sums that is OpenRLHF's convention, given averages TRL's again. The average of no tokens is 0.
     """
     if (chosen_length_B is None) != (rejected_length_B is None):
         raise ValueError("ipo received the length of one side; expected both or neither: pass the other one too")
-    chosen_B = policy_chosen_B - reference_chosen_B
-    rejected_B = policy_rejected_B - reference_rejected_B
+    _check_positive(beta=beta)
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
     if chosen_length_B is not None and rejected_length_B is not None:
-        chosen_B, rejected_B = chosen_B / chosen_length_B, rejected_B / rejected_length_B
+        _check_same_shape(policy_chosen_B, chosen_length=chosen_length_B, rejected_length=rejected_length_B)
+        chosen_B, rejected_B = chosen_B / chosen_length_B.clamp(min=1), rejected_B / rejected_length_B.clamp(min=1)
     return (chosen_B - rejected_B - 1 / (2 * beta)).square()
 
 
@@ -109,19 +116,31 @@ def kto(
     """Desirable: λ_D (1 − σ(β(h − z₀))); undesirable: λ_U (1 − σ(β(z₀ − h))). arXiv 2402.01306.
 
     Takes sums of single responses, no pairs. `baseline` is z₀ = `kto_baseline(...)` over the *global* batch: average it
-    over data-parallel ranks first. It is treated as a constant.
+    over data-parallel ranks first. It is one number, a float or a tensor [], and treated as a constant.
     """
+    check_vectors(policy=policy_B, reference=reference_B)
+    _check_same_shape(policy_B, is_desirable=is_desirable_B)
     if is_desirable_B.dtype != torch.bool:
         raise ValueError(f"is_desirable is {is_desirable_B.dtype}; expected torch.bool: True where the response is good")
-    baseline = baseline.detach() if isinstance(baseline, Tensor) else baseline
+    if isinstance(baseline, Tensor):
+        if baseline.dim() != 0:
+            raise ValueError(
+                f"baseline is {list(baseline.shape)}; expected a float or []: it is one number for the global batch"
+            )
+        baseline = baseline.detach()
     advantage_B = beta * (policy_B - reference_B - baseline)
     desirable_B = desirable_weight * torch.sigmoid(-advantage_B)
     return torch.where(is_desirable_B, desirable_B, undesirable_weight * torch.sigmoid(advantage_B))
 
 
 def kto_baseline(mismatched_policy_B: Tensor, mismatched_reference_B: Tensor) -> Tensor:
-    """z₀ = max(0, mean h) over prompts with another prompt's response, detached: an estimate of KL(policy ‖ reference)."""
-    return (mismatched_policy_B - mismatched_reference_B).detach().mean().clamp(min=0)
+    """z₀ = max(0, mean h) over prompts with another prompt's response, detached: an estimate of KL(policy ‖ reference).
+
+    0 for an empty batch.
+    """
+    check_vectors(mismatched_policy=mismatched_policy_B, mismatched_reference=mismatched_reference_B)
+    log_ratio_B = (mismatched_policy_B - mismatched_reference_B).detach()
+    return (log_ratio_B.sum() / max(1, len(log_ratio_B))).clamp(min=0)
 
 
 def orpo(
@@ -133,9 +152,12 @@ def orpo(
 ) -> Tensor:
     """NLL_w − β log σ(log odds_w − log odds_l), log odds = lp − log(1 − e^lp). arXiv 2403.07691, whose λ is β here.
 
-    `policy_*` are *averages* over the response's tokens, below 0; `nll_chosen_B` is the mean negative log-likelihood of
-    the chosen sequence, prompt and response in the paper and TRL. No reference model.
+    `policy_*` are *averages* over the response's tokens, below 0: above CERTAIN_LOGPROB they are taken for it, and have no
+    gradient. `nll_chosen_B` ([B] or []) is the mean negative log-likelihood of the chosen sequence, prompt and response in
+    the paper and TRL. No reference model.
     """
+    check_vectors(policy_chosen=policy_chosen_B, policy_rejected=policy_rejected_B)
+    _check_same_shape(policy_chosen_B, or_one_number=True, nll_chosen=nll_chosen_B)
     log_odds_B = _log_odds(policy_chosen_B) - _log_odds(policy_rejected_B)
     return nll_chosen_B - beta * logsigmoid(log_odds_B)
 
@@ -146,6 +168,7 @@ def simpo(policy_chosen_B: Tensor, policy_rejected_B: Tensor, *, beta: float = 2
     γ is the margin after the multiplication by β (the authors tune γ/β, about 0.5), as in TRL; Liger adds an NLL term to
     the same name by default: that is `cpo` with averages.
     """
+    check_vectors(policy_chosen=policy_chosen_B, policy_rejected=policy_rejected_B)
     return -logsigmoid(beta * (policy_chosen_B - policy_rejected_B) - gamma)
 
 
@@ -160,8 +183,10 @@ def cpo(
 ) -> Tensor:
     """−log σ(β(lp_w − lp_l) − γ) + α NLL_w, of sums; no reference model. arXiv 2401.08417 (γ = 0).
 
-    `nll_chosen_B` is the mean negative log-likelihood of the chosen sequence (TRL). Averages and γ > 0 make CPO-SimPO.
+    `nll_chosen_B` ([B] or []) is the mean negative log-likelihood of the chosen sequence (TRL). Averages and γ > 0 make
+    CPO-SimPO.
     """
+    _check_same_shape(policy_chosen_B, or_one_number=True, nll_chosen=nll_chosen_B)
     return simpo(policy_chosen_B, policy_rejected_B, beta=beta, gamma=gamma) + alpha * nll_chosen_B
 
 
@@ -195,7 +220,8 @@ def nca_pair(
     beta: float = 0.1,
 ) -> Tensor:
     """−log σ(β h_w) − ½ log σ(−β h_w) − ½ log σ(−β h_l). arXiv 2402.05369."""
-    chosen_B, rejected_B = beta * (policy_chosen_B - reference_chosen_B), beta * (policy_rejected_B - reference_rejected_B)
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    chosen_B, rejected_B = beta * chosen_B, beta * rejected_B
     return -logsigmoid(chosen_B) - 0.5 * logsigmoid(-chosen_B) - 0.5 * logsigmoid(-rejected_B)
 
 
@@ -209,8 +235,8 @@ def bco_pair(
     shift: float = 0.0,
 ) -> Tensor:
     """−log σ(β h_w − δ) − log σ(−(β h_l − δ)). arXiv 2404.04656, whose δ is a running mean of rewards; TRL's pair has none."""
-    chosen_B, rejected_B = beta * (policy_chosen_B - reference_chosen_B), beta * (policy_rejected_B - reference_rejected_B)
-    return -logsigmoid(chosen_B - shift) - logsigmoid(shift - rejected_B)
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    return -logsigmoid(beta * chosen_B - shift) - logsigmoid(shift - beta * rejected_B)
 
 
 def sppo_hard(
@@ -222,7 +248,8 @@ def sppo_hard(
     beta: float = 0.1,
 ) -> Tensor:
     """(h_w − 1/(2β))² + (h_l + 1/(2β))²: SPPO with probabilities of 1 and 0. arXiv 2405.00675, eq. 4.7; its η is 1/β."""
-    chosen_B, rejected_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    _check_positive(beta=beta)
     return (chosen_B - 0.5 / beta).square() + (rejected_B + 0.5 / beta).square()
 
 
@@ -242,10 +269,9 @@ def aot(
     distribution, so the loss of half a batch is not half the loss: gather the values over ranks first.
     """
     _check_share("label_smoothing", label_smoothing)
+    one_B, other_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
     if is_paired:
         one_B, other_B = policy_chosen_B - policy_rejected_B, reference_chosen_B - reference_rejected_B
-    else:
-        one_B, other_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
     margin_B = beta * (one_B.sort(0).values - other_B.sort(0).values)
     return -(1 - label_smoothing) * logsigmoid(margin_B) - label_smoothing * logsigmoid(-margin_B)
 
@@ -259,7 +285,7 @@ def apo_zero(
     beta: float = 0.1,
 ) -> Tensor:
     """(1 − σ(β h_w)) + σ(β h_l): chosen up, rejected down. arXiv 2408.06266, eq. 7. (Unpaired: `kto` with baseline 0.)"""
-    chosen_B, rejected_B = policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
     return torch.sigmoid(-beta * chosen_B) + torch.sigmoid(beta * rejected_B)
 
 
@@ -272,8 +298,8 @@ def apo_down(
     beta: float = 0.1,
 ) -> Tensor:
     """σ(β h_w) + (1 − σ(βΔ)): both down, rejected more; for chosen answers worse than the model's. arXiv 2408.06266, eq. 8."""
-    margin_B = _margin(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
-    return torch.sigmoid(beta * (policy_chosen_B - reference_chosen_B)) + torch.sigmoid(-beta * margin_B)
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    return torch.sigmoid(beta * chosen_B) + torch.sigmoid(-beta * (chosen_B - rejected_B))
 
 
 def discopop(
@@ -285,10 +311,14 @@ def discopop(
     beta: float = 0.1,
     tau: float = 0.05,
 ) -> Tensor:
-    """(1 − m)(−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ). arXiv 2406.08414, eq. 5."""
+    """(1 − m)(−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ). arXiv 2406.08414, eq. 5.
+
+    The second term is exp(log m − βΔ), which vanishes with m for τ < 1; for τ > 1 its exponent grows, up to EXPONENT_LIMIT.
+    """
+    _check_positive(tau=tau)
     margin_B = beta * _margin(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
-    mix_B = torch.sigmoid(margin_B / tau)
-    return -(1 - mix_B) * logsigmoid(margin_B) + mix_B * torch.exp(-margin_B)
+    exponential_B = torch.exp((logsigmoid(margin_B / tau) - margin_B).clamp(max=EXPONENT_LIMIT))
+    return exponential_B - torch.sigmoid(-margin_B / tau) * logsigmoid(margin_B)
 
 
 def f_dpo(
@@ -303,20 +333,19 @@ def f_dpo(
 ) -> Tensor:
     """−log σ(β(f'(e^h_w) − f'(e^h_l))) for the divergence that holds the policy to the reference. arXiv 2309.16240.
 
-    f' up to a constant: h (reverse_kl, which is DPO), −e^−h (forward_kl), log σ(h) (js), e^((α−1)h)/(α−1) (alpha, α ≠ 1,
-    its exponent at most 80, as in TRL).
+    f' up to a constant: h (reverse_kl, which is DPO), −e^−h (forward_kl), log σ(h) (js), e^((α−1)h)/(α−1) (alpha, α ≠ 1).
+    Exponents are at most EXPONENT_LIMIT; a pair of which both sides are beyond has the loss log 2 and no gradient.
     """
     scores = {
         "reverse_kl": lambda h_B: h_B,
-        "forward_kl": lambda h_B: -torch.exp(-h_B),
+        "forward_kl": lambda h_B: -torch.exp((-h_B).clamp(max=EXPONENT_LIMIT)),
         "js": logsigmoid,
-        "alpha": lambda h_B: torch.exp(((alpha - 1) * h_B).clamp(max=80.0)) / (alpha - 1),
+        "alpha": lambda h_B: torch.exp(((alpha - 1) * h_B).clamp(max=EXPONENT_LIMIT)) / (alpha - 1),
     }
     if divergence not in scores or (divergence == "alpha" and alpha == 1):
         raise ValueError(f"divergence is {divergence!r} (alpha {alpha}); expected one of {list(scores)}, and alpha not 1")
-    score = scores[divergence]
-    chosen_B, rejected_B = score(policy_chosen_B - reference_chosen_B), score(policy_rejected_B - reference_rejected_B)
-    return -logsigmoid(beta * (chosen_B - rejected_B))
+    chosen_B, rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, reference_chosen_B, reference_rejected_B)
+    return -logsigmoid(beta * (scores[divergence](chosen_B) - scores[divergence](rejected_B)))
 
 
 def length_desensitised(
@@ -326,15 +355,17 @@ def length_desensitised(
 
     `shared_length` is the shorter response's counted length, for both of a pair. Goes into `dpo`. arXiv 2409.06411.
     """
-    counted_T = torch.ones_like(logprob_T) if mask_T is None else mask_T.to(logprob_T.dtype)
-    token_T = torch.arange(len(logprob_T), device=logprob_T.device)
-    sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True).clamp(max=len(shared_length_B) - 1)
-    so_far_T = counted_T.cumsum(0)
-    before_B = torch.cat([so_far_T.new_zeros(1), so_far_T])[cu_seqlens[:-1].long()]
-    place_T = so_far_T - before_B[sequence_T]  # 1 at a sequence's first counted token
-    weight_T = counted_T * torch.where(place_T <= shared_length_B[sequence_T], 1.0, alpha)
-    clean_T = logprob_T if mask_T is None else torch.where(mask_T, logprob_T, 0.0)
-    return sequence_sum(clean_T, cu_seqlens, weight_T=weight_T)
+    check_vectors(logprob=logprob_T)
+    is_counted_T = counted_tokens(logprob_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    num_sequences = cu_seqlens.numel() - 1
+    if shared_length_B.shape != (num_sequences,):
+        raise ValueError(f"shared_length is {list(shared_length_B.shape)}; expected [{num_sequences}]: one a sequence")
+    so_far_T = torch.cat([cu_seqlens.new_zeros(1), is_counted_T.cumsum(0)])
+    place_T = so_far_T[1:] - spread(so_far_T[cu_seqlens[:-1].long()], cu_seqlens, len(logprob_T))  # 1 at the first counted one
+    is_shared_T = place_T <= spread(shared_length_B, cu_seqlens, len(logprob_T))
+    clean_T = torch.where(is_counted_T, logprob_T, 0.0)
+    shared_B = sequence_sum(torch.where(is_shared_T, clean_T, 0.0), cu_seqlens)
+    return shared_B + alpha * sequence_sum(torch.where(is_shared_T, 0.0, clean_T), cu_seqlens)
 
 
 def wpo_weight(logprob_T: Tensor, sum_p2_T: Tensor, cu_seqlens: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
@@ -342,9 +373,10 @@ def wpo_weight(logprob_T: Tensor, sum_p2_T: Tensor, cu_seqlens: Tensor, *, mask_
     say it, against what it expects of itself. A pair's loss is multiplied by both. arXiv 2406.11827, eq. 2; Σ p² comes
     from `linear_logprob(..., sum_p2=True)`.
     """
-    counted_T = torch.ones_like(logprob_T) if mask_T is None else mask_T.to(logprob_T.dtype)
-    aligned_T = torch.where(counted_T > 0, logprob_T - sum_p2_T.log(), 0.0).detach()
-    return torch.exp(sequence_sum(aligned_T, cu_seqlens) / sequence_sum(counted_T, cu_seqlens).clamp(min=1))
+    check_vectors(logprob=logprob_T, sum_p2=sum_p2_T)
+    is_counted_T = counted_tokens(logprob_T, mask_T=mask_T, cu_seqlens=cu_seqlens)
+    aligned_T = torch.where(is_counted_T, logprob_T - sum_p2_T.log(), 0.0).detach()
+    return torch.exp(sequence_sum(aligned_T, cu_seqlens) / counted_length(is_counted_T, cu_seqlens).clamp(min=1))
 
 
 # Reward models: rewards instead of log-probabilities.
@@ -353,7 +385,11 @@ def wpo_weight(logprob_T: Tensor, sum_p2_T: Tensor, cu_seqlens: Tensor, *, mask_
 def bradley_terry(
     reward_chosen_B: Tensor, reward_rejected_B: Tensor, *, margin_B: Tensor | float = 0.0, centring: float = 0.0
 ) -> Tensor:
-    """−log σ(r_w − r_l − margin) + η (r_w + r_l)²; the margin is Llama 2's, η (TRL: 0.01) centres rewards at 0."""
+    """−log σ(r_w − r_l − margin) + η (r_w + r_l)²; the margin ([B], [] or a float) is Llama 2's, η (TRL: 0.01) centres
+    rewards at 0."""
+    check_vectors(reward_chosen=reward_chosen_B, reward_rejected=reward_rejected_B)
+    if isinstance(margin_B, Tensor):
+        _check_same_shape(reward_chosen_B, or_one_number=True, margin=margin_B)
     loss_B = -logsigmoid(reward_chosen_B - reward_rejected_B - margin_B)
     return loss_B + centring * (reward_chosen_B + reward_rejected_B).square()
 
@@ -364,6 +400,10 @@ def ranking(reward_B: Tensor, rank_B: Tensor, cu_seqlens: Tensor) -> Tensor:
     The K completions of a prompt are consecutive, prompts bounded by cu_seqlens [P + 1]; rank 1 is best. A tie is no pair, but
     C(K, 2) counts all K; a prompt of fewer than two completions has loss 0. All pairs of a prompt from K forwards.
     """
+    check_vectors(reward=reward_B)
+    _check_same_shape(reward_B, rank=rank_B)
+    if (num_used := check_cu_seqlens(cu_seqlens, len(reward_B))) != len(reward_B):
+        raise ValueError(f"cu_seqlens ends at {num_used}; expected {len(reward_B)}: every completion belongs to a prompt")
     length_P = cu_seqlens.long().diff()
     prompt_B = torch.repeat_interleave(length_P, output_size=len(reward_B))
     is_pair_BB = (prompt_B[:, None] == prompt_B) & (rank_B[:, None] < rank_B)
@@ -372,12 +412,38 @@ def ranking(reward_B: Tensor, rank_B: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sequence_sum(loss_BB.sum(1), cu_seqlens) / num_pairs_P
 
 
+def _log_ratios(
+    policy_chosen_B: Tensor, policy_rejected_B: Tensor, reference_chosen_B: Tensor, reference_rejected_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h_w and h_l."""
+    named = {"policy_chosen": policy_chosen_B, "policy_rejected": policy_rejected_B}
+    check_vectors(**named, reference_chosen=reference_chosen_B, reference_rejected=reference_rejected_B)
+    return policy_chosen_B - reference_chosen_B, policy_rejected_B - reference_rejected_B
+
+
 def _margin(policy_chosen_B: Tensor, policy_rejected_B: Tensor, chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
-    return (policy_chosen_B - chosen_B) - (policy_rejected_B - rejected_B)
+    h_chosen_B, h_rejected_B = _log_ratios(policy_chosen_B, policy_rejected_B, chosen_B, rejected_B)
+    return h_chosen_B - h_rejected_B
 
 
 def _log_odds(logprob_B: Tensor) -> Tensor:
+    logprob_B = logprob_B.clamp(max=CERTAIN_LOGPROB)
     return logprob_B - torch.log(-torch.expm1(logprob_B))
+
+
+def _check_same_shape(like_B: Tensor, *, or_one_number: bool = False, **named: Tensor) -> None:
+    for name, tensor in named.items():
+        if tensor.shape != like_B.shape and not (or_one_number and tensor.dim() == 0):
+            expected = f"{list(like_B.shape)}{' or []' if or_one_number else ''}"
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; expected {expected}: one number a response, nothing is broadcast"
+            )
+
+
+def _check_positive(**options: float) -> None:
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number > 0: the loss divides by it")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -63,5 +63,57 @@ def test_bad_input_is_named_with_its_remedy():
     reward, value, cu, _ = make([4])
     with pytest.raises(ValueError, match=r"gamma, lam are 1\.5, 1\.0; expected numbers from 0 to 1"):
         gae(reward, value, cu, gamma=1.5, lam=1.0)
-    with pytest.raises(ValueError, match="expected one shape"):
-        gae(reward[:3], value, cu, gamma=1.0, lam=1.0)
+    for bad in (reward[:3], reward[:1], reward[:, None]):
+        with pytest.raises(ValueError, match="expected one shape"):
+            gae(bad, value, cu, gamma=1.0, lam=1.0)
+        with pytest.raises(ValueError, match="expected one shape"):
+            reward_per_token(reward[:1], bad, value, cu, beta=0.1)
+    with pytest.raises(ValueError, match=r"reward torch\.float64, value torch\.float32; expected one dtype"):
+        gae(reward, value.float(), cu, gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match="expected floating-point"):
+        gae(reward.long(), value.long(), cu, gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match=r"reward is \[4\]; expected \[1\]"):
+        reward_per_token(reward, reward, value, cu, beta=0.1)
+    with pytest.raises(ValueError, match=r"total is \[2\]; expected \[3\]"):
+        whiten(value, torch.ones(2))
+
+
+@pytest.mark.parametrize("cu", [[0, 5], [1, 4], [0, 3, 2], [], [[0, 4]], [0.0, 4.0]], ids=str)
+def test_bad_boundaries_are_refused(cu):
+    reward, value, _, _ = make([4])
+    cu = torch.tensor(cu, dtype=None if cu == [0.0, 4.0] else torch.int64)
+    for function in (lambda: gae(reward, value, cu, gamma=1.0, lam=1.0), lambda: reward_per_token(*[value] * 3, cu, beta=0.1)):
+        with pytest.raises(ValueError, match=r"cu_seqlens is .*; expected .*: cumulate"):
+            function()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4), torch.ones(4).long(), torch.ones(4, 1).bool(), torch.ones(1).bool()], ids=str)
+def test_masks_that_are_not_bool_of_one_shape_are_refused(mask):
+    reward, value, cu, _ = make([4])
+    for function in (
+        lambda: gae(reward, value, cu, gamma=1.0, lam=1.0, mask_T=mask),
+        lambda: reward_per_token(reward[:1], reward, value, cu, beta=0.1, mask_T=mask),
+        lambda: moments(value, mask),
+    ):
+        with pytest.raises(ValueError, match=r"mask is .*; expected torch\.bool \[4\]"):
+            function()
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_token_gives_empty_results(lengths):
+    reward, value, cu, _ = make(lengths)
+    assert all(x.shape == (0,) for x in gae(reward, value, cu, gamma=1.0, lam=1.0))
+    assert reward_per_token(torch.full((len(lengths),), torch.nan), reward, value, cu, beta=0.1).shape == (0,)
+    nothing = moments(torch.ones(3), torch.zeros(3).bool())
+    assert nothing.tolist() == [0, 0, 0] and whiten(torch.ones(3), nothing).isfinite().all()
+    assert moments(value).tolist() == [0, 0, 0] and whiten(value, moments(value)).shape == (0,)
+
+
+def test_a_sequence_without_a_counted_token_is_not_rewarded_and_what_is_past_the_last_boundary_neither():
+    logprob = torch.tensor([-1.0, torch.nan, -3.0, torch.nan])
+    mask = torch.tensor([1, 0, 1, 1]).bool()
+    reward = reward_per_token(
+        torch.tensor([1.0, torch.nan, 3.0]), logprob, logprob, torch.tensor([0, 1, 2, 3]), beta=0.1, mask_T=mask
+    )
+    assert reward.tolist() == [1, 0, 3, 0]
+    assert reward_per_token(torch.zeros(0), logprob, logprob, torch.tensor([0]), beta=0.1).tolist() == [0, 0, 0, 0]

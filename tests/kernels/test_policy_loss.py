@@ -89,7 +89,7 @@ def plain(name, logprob_T, old_T, advantage_T):
     }
 
     def soft(s):
-        tau = torch.where(advantage_T[s] > 0, 1.0, 1.05)
+        tau = torch.where(advantage_T[s] > 0, 1.0, 1.05 * torch.ones(len(s)).double())
         return -advantage_T[s] * torch.sigmoid(tau * (ratio_T[s] - 1)) * 4 / tau
 
     def one_sided(s):
@@ -109,51 +109,34 @@ def plain(name, logprob_T, old_T, advantage_T):
     return losses[name]()
 
 
-def ours(name, logprob_T, old_T, advantage_T, advantage_B, tokens=slice(0, 9), cu=CU):
+def ours(name, logprob_T, old_T, advantage_T, advantage_B, tokens=slice(0, 9), cu=CU, mask=MASK):
     """The same through the product, on part of the batch but with the whole batch's denominators."""
-    mask_T = MASK[tokens]
-    weight_T = sequence_mean_weight(cu, len(mask_T), mask_T=mask_T, dtype=torch.float64)
+    mask_T = None if mask is None else mask[tokens]
+    weight_T = sequence_mean_weight(cu, len(logprob_T[tokens]), mask_T=mask_T, dtype=torch.float64)
     inputs = (logprob_T[tokens], old_T[tokens], advantage_T[tokens])
-    num_counted = int(MASK.sum())
+    per_sequence, options, num_counted = (*inputs[:2], advantage_B), {"mask_T": mask_T, "cu_seqlens": cu}, int(MASK.sum())
     losses = {
         "ppo": lambda: ppo(*inputs, mask_T=mask_T, denominator=num_counted),
         "dapo": lambda: dapo(*inputs, mask_T=mask_T, denominator=num_counted),
         "grpo": lambda: grpo(*inputs, mask_T=mask_T, weight_T=weight_T, denominator=3),
         "dr_grpo": lambda: dr_grpo(*inputs, mask_T=mask_T, denominator=3 * 16),
-        "gspo": lambda: gspo(*inputs, mask_T=mask_T, cu_seqlens=cu, denominator=3, clip_low=0.05, clip_high=0.06),
-        "rloo": lambda: rloo(*inputs[:2], advantage_B, mask_T=mask_T, cu_seqlens=cu, denominator=3),
+        "gspo": lambda: gspo(*inputs, **options, denominator=3, clip_low=0.05, clip_high=0.06),
+        "rloo": lambda: rloo(*per_sequence, **options, denominator=3),
         "cispo": lambda: cispo(*inputs, mask_T=mask_T, denominator=num_counted, clip_high=0.1),
         "cispo absolute": lambda: cispo(*inputs, mask_T=mask_T, denominator=num_counted, clip_high=0.9, bound="absolute"),
         "sapo": lambda: sapo(*inputs, mask_T=mask_T, weight_T=weight_T, denominator=3),
-        "gmpo": lambda: gmpo(
-            *inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=3, log_clip_low=0.1, log_clip_high=0.1
-        ),
-        "luspo": lambda: luspo(
-            *inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=3, clip_low=0.05, clip_high=0.06
-        ),
-        "vespo": lambda: vespo(*inputs[:2], advantage_B, cu_seqlens=cu, mask_T=mask_T, denominator=num_counted),
+        "gmpo": lambda: gmpo(*per_sequence, **options, denominator=3, log_clip_low=0.1, log_clip_high=0.1),
+        "luspo": lambda: luspo(*per_sequence, **options, denominator=3, clip_low=0.05, clip_high=0.06),
+        "vespo": lambda: vespo(*per_sequence, **options, denominator=num_counted),
         "kimi": lambda: kimi(*inputs, mask_T=mask_T, denominator=num_counted, low=-0.25, high=0.25),
         "dppo": lambda: dppo(*inputs, mask_T=mask_T, denominator=num_counted, limit=0.05),
     }
     return losses[name]()
 
 
-NAMES = [
-    "ppo",
-    "dapo",
-    "grpo",
-    "dr_grpo",
-    "gspo",
-    "rloo",
-    "cispo",
-    "cispo absolute",
-    "sapo",
-    "gmpo",
-    "luspo",
-    "vespo",
-    "kimi",
-    "dppo",
-]
+PER_SEQUENCE = ["rloo", "gmpo", "luspo", "vespo"]
+PER_TOKEN = ["ppo", "dapo", "grpo", "dr_grpo", "gspo", "cispo", "cispo absolute", "sapo", "kimi", "dppo"]
+NAMES = [*PER_TOKEN, *PER_SEQUENCE]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,6 +171,74 @@ def test_masked_tokens_may_hold_anything(name):
     same(torch.autograd.grad(value, dirty)[0], d_expected)
 
 
+def value_and_gradient(name, logprob_T, *inputs, **options):
+    leaf_T = logprob_T.detach().clone().requires_grad_()
+    value = ours(name, leaf_T, *inputs, **options)
+    return value.detach(), torch.autograd.grad(value, leaf_T)[0]
+
+
+@pytest.mark.parametrize("name", ["grpo", "sapo", "gspo", *PER_SEQUENCE])
+def test_tokens_past_the_last_boundary_may_hold_anything_without_a_mask(name):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    expected, d_expected = value_and_gradient(name, logprob_T, old_T, advantage_T, advantage_B, mask=None)
+    dirty = [torch.cat([x.detach(), torch.tensor([torch.nan, torch.inf])]) for x in (logprob_T, old_T, advantage_T)]
+    value, gradient = value_and_gradient(name, *dirty, advantage_B, tokens=slice(0, 11), mask=None)
+    same(value, expected)
+    same(gradient, torch.cat([d_expected, torch.zeros(2)]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sequence_without_a_counted_token_adds_nothing(name):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    inputs, mask = (logprob_T, old_T, advantage_T), MASK & (torch.arange(9) != 3)
+    first, second = (
+        value_and_gradient(name, *inputs, advantage_B[bs], tokens=tokens, cu=cu)
+        for bs, tokens, cu in ((slice(0, 1), slice(0, 3), CU[:2]), (slice(2, 3), slice(4, 9), CU[2:] - 4))
+    )
+    advantage_B[1] = torch.nan
+    value, gradient = value_and_gradient(name, *inputs, advantage_B, mask=mask)
+    same(value, first[0] + second[0])
+    same(gradient, first[1] + second[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cu", [torch.tensor([0]), torch.tensor([0, 0], dtype=torch.int32)], ids=["B0", "B1"])
+def test_no_token_gives_a_loss_of_zero_and_an_empty_gradient(name, cu):
+    logprob_T, old_T, _, advantage_T = make()
+    advantage_B = advantage_T[: len(cu) - 1]
+    value, gradient = value_and_gradient(name, logprob_T[:0], old_T, advantage_T, advantage_B, tokens=slice(0, 0), cu=cu)
+    assert value == 0 and gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_broadcast(name):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    for reshape in (lambda x: x[:, None], lambda x: x[:1], lambda x: x[:-1], lambda x: x[0]):
+        with pytest.raises(ValueError, match=r"advantage.*expected"):
+            ours(name, logprob_T, old_T, reshape(advantage_T), reshape(advantage_B), tokens=...)
+        with pytest.raises(ValueError, match=r"mask is torch\.bool .*expected torch\.bool \[9\]"):
+            ours(name, logprob_T, old_T, advantage_T, advantage_B, tokens=..., mask=reshape(MASK))
+    with pytest.raises(ValueError, match=r"old_logprob.*expected one shape"):
+        ours(name, logprob_T, old_T[:, None], advantage_T, advantage_B)
+    with pytest.raises(ValueError, match=r"mask is torch\.int64 \[9\]; expected torch\.bool"):
+        ours(name, logprob_T, old_T, advantage_T, advantage_B, mask=MASK.long())
+
+
+@pytest.mark.parametrize(
+    "cu", [CU.float(), CU[None], CU[:0], CU + 1, CU.flip(0) - 9, CU + (CU > 4)], ids=lambda cu: str(cu.tolist())
+)
+def test_bad_boundaries_are_refused(cu):
+    logprob_T, old_T, advantage_B, advantage_T = make()
+    with pytest.raises(ValueError, match=r"cu_seqlens is .*; expected .*: cumulate"):
+        sequence_mean_weight(cu, 9, mask_T=MASK)
+    options = {"cu_seqlens": cu, "denominator": 3}
+    with pytest.raises(ValueError, match="cu_seqlens is"):
+        gspo(logprob_T, old_T, advantage_T, **options)
+    for function in (rloo, gmpo, luspo, vespo):
+        with pytest.raises(ValueError, match="cu_seqlens is"):
+            function(logprob_T, old_T, advantage_B, **options)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_on_policy_is_the_policy_gradient(name):
     logprob_T, old_T, advantage_B, advantage_T = make(0.0)
@@ -205,14 +256,10 @@ def test_gradient_on_policy_is_the_policy_gradient(name):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
     [
-        (1.3, 1.0, -1.2, 0.0),
-        (1.3, -1.0, 1.3, 1.0),
-        (0.7, 1.0, -0.7, -1.0),
-        (0.7, -1.0, 0.8, 0.0),
-        (1.1, 2.0, -2.2, -2.0),
-        (0.9, -2.0, 1.8, 2.0),
+        (1.3, 1.0, -1.2, 0.0), (1.3, -1.0, 1.3, 1.0), (0.7, 1.0, -0.7, -1.0),
+        (0.7, -1.0, 0.8, 0.0), (1.1, 2.0, -2.2, -2.0), (0.9, -2.0, 1.8, 2.0),
     ],
-)
+)  # fmt: skip
 def test_clip_stops_the_gradient_only_in_its_direction(ratio, advantage, loss, gradient):
     ratio = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
     value = clipped_surrogate(ratio, torch.tensor(advantage, dtype=torch.float64), 0.2, 0.2)
@@ -275,6 +322,45 @@ def test_k1_and_k3_are_unbiased_estimates_of_the_divergence():
         same((p * function(p.log(), q.log())).sum(), divergence)
 
 
+@pytest.mark.parametrize("function", [kl_k1, kl_k2, kl_k3])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_a_masked_kl_is_zero_in_value_and_gradient(function, garbage):
+    logprob_T, old_T, _, _ = make()
+    dirty = logprob_T.detach().masked_fill(~MASK, garbage).requires_grad_()
+    value_T, expected_X = function(dirty, old_T, mask_T=MASK), function(logprob_T[MASK], old_T[MASK])
+    same(value_T, torch.zeros(9).double().masked_scatter(MASK, expected_X))
+    same(torch.autograd.grad(value_T.sum(), dirty)[0], torch.autograd.grad(expected_X.sum(), logprob_T)[0])
+
+
+def test_tokens_of_weight_zero_may_hold_anything():
+    logprob_T, old_T, _, advantage_T = make()
+    dirty = logprob_T.detach().masked_fill(~MASK, torch.nan).requires_grad_()
+    masked = ppo(logprob_T, old_T, advantage_T, mask_T=MASK, denominator=7)
+    d_masked = torch.autograd.grad(masked, logprob_T)[0]
+    for weight_T, mask_T in ((MASK.double(), None), (torch.ones(9).masked_fill(~MASK, torch.nan), MASK)):
+        weighted = ppo(dirty, old_T, advantage_T, weight_T=weight_T, mask_T=mask_T, denominator=7)
+        same(weighted, masked)
+        same(torch.autograd.grad(weighted, dirty)[0], d_masked)
+
+
+def test_options_by_the_advantages_sign_keep_the_precision_of_the_loss():
+    logprob_T, old_T, _, _ = make()
+    w, options = (logprob_T - old_T).sum().exp(), {"cu_seqlens": torch.tensor([0, 9]), "denominator": 9}
+    for sign, (k, lam) in ((1.0, (2.1, 3.3)), (-1.0, (3.1, 1.7))):
+        advantage_B = torch.tensor([sign]).double()
+        value = vespo(logprob_T, old_T, advantage_B, positive=(2.1, 3.3), negative=(3.1, 1.7), **options)
+        same(value, -math.exp(lam) * w**k * torch.exp(-lam * w) * sign * logprob_T.sum() / 9, 1e-14)
+    value = sapo(logprob_T, old_T, -torch.ones(9), weight_T=torch.ones(9), denominator=9)
+    same(value, (torch.sigmoid(1.05 * ((logprob_T - old_T).exp() - 1)) * 4 / 1.05).mean(), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sequence_weights_count_past_256_in_every_dtype(dtype):
+    weight_T = sequence_mean_weight(torch.tensor([0, 2053]), 2055, dtype=dtype)
+    assert weight_T.dtype == dtype and (weight_T[2053:] == 0).all()
+    assert (weight_T[:2053] == torch.tensor(1 / 2053, dtype=torch.float64).to(dtype)).all()
+
+
 def test_sequence_weights_sum_to_one_per_sequence_and_skip_padding():
     weight_T = sequence_mean_weight(torch.tensor([0, 3, 3, 4]), 6, mask_T=torch.tensor([1, 0, 1, 1, 1, 1]).bool())
     same(weight_T, torch.tensor([0.5, 0.0, 0.5, 1.0, 0.0, 0.0]), 1e-7)
@@ -282,17 +368,47 @@ def test_sequence_weights_sum_to_one_per_sequence_and_skip_padding():
 
 
 def test_bad_input_is_named_with_its_remedy():
-    logprob_T = torch.zeros(4)
-    with pytest.raises(ValueError, match="in groups of 3; expected"):
-        group_advantage(logprob_T, 3)
-    with pytest.raises(ValueError, match="normalise is 'std'; expected one of"):
-        group_advantage(logprob_T, 2, normalise="std")
-    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
-        ppo(logprob_T, logprob_T, logprob_T, mask_T=torch.ones(4), denominator=1)
-    with pytest.raises(ValueError, match="clip_low, clip_high are 2, 0"):
-        ppo(logprob_T, logprob_T, logprob_T, denominator=1, clip_low=2, clip_high=0)
-    with pytest.raises(ValueError, match="dual_clip is 1"):
-        ppo(logprob_T, logprob_T, logprob_T, denominator=1, dual_clip=1)
+    x_T, bad = torch.zeros(4), [torch.zeros(4, 1), torch.zeros(1), torch.zeros(4).long()]
+    cases = [
+        (lambda: group_advantage(x_T, 3), "in groups of 3; expected"),
+        (lambda: group_advantage(x_T, 2, normalise="std"), "normalise is 'std'; expected one of"),
+        (lambda: group_advantage(torch.tensor([1, 0]), 2), r"'reward': 'torch\.int64'.*expected floating-point"),
+        (lambda: ppo(x_T, x_T, x_T, denominator=1, clip_low=2, clip_high=0), "clip_low, clip_high are 2, 0"),
+        (lambda: ppo(x_T, x_T, x_T, denominator=1, dual_clip=1), "dual_clip is 1"),
+        (lambda: sequence_mean_weight(CU, 9, dtype=torch.int64), r"dtype is torch\.int64; expected a floating-point"),
+        (lambda: clipped_surrogate(x_T, x_T[:1], 0.2, 0.2), r"ratio \[4\], advantage \[1\]; expected one shape"),
+    ]
+    for d in (0, -1.0, math.nan, torch.ones(4)):
+        cases.append((lambda d=d: weighted_sum(x_T, denominator=d), "denominator is .*; expected one number > 0"))
+    cases += [(lambda w=w: weighted_sum(x_T, weight_T=w, denominator=1), "weight.*expected") for w in bad]
+    cases += [(lambda kl=kl: kl(x_T, x_T[:, None]), "reference_logprob.*one shape") for kl in (kl_k1, kl_k2, kl_k3)]
+    for mask in (torch.ones(4), torch.ones(4).long(), torch.ones(1).bool()):
+        for f, n in ((weighted_sum, 1), (pretraining_mix, 1), (clipped_value_loss, 3)):
+            call = lambda f=f, n=n, mask=mask: f(*[x_T] * n, mask_T=mask, denominator=1)  # noqa: E731
+            cases.append((call, r"mask is .*expected torch\.bool \[4\]"))
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (cispo, {"clip_low": -0.1}, "clip_low is -0.1"),
+        (cispo, {"clip_high": -0.1}, "clip_high is -0.1"),
+        (cispo, {"clip_high": -2.0, "bound": "absolute"}, "clip_high is -2.0"),
+        (ppo, {"clip_high": math.nan}, "clip_low, clip_high are 0.2, nan"),
+        (kimi, {"low": 0.5, "high": -0.5}, "low, high are 0.5, -0.5"),
+        (dppo, {"limit": -0.1}, "limit is -0.1"),
+        (clipped_value_loss, {"clip": -0.1}, "clip is -0.1"),
+        (sapo, {"temperature_negative": 0.0, "weight_T": torch.ones(4)}, r"temperatures are \(1.0, 0.0\)"),
+        (gmpo, {"log_clip_low": -0.4, "cu_seqlens": torch.arange(5)}, "log_clip_low is -0.4"),
+        (vespo, {"positive": (2.0, -3.0), "cu_seqlens": torch.arange(5)}, "λ is -3.0"),
+    ],
+)
+def test_bounds_that_are_negative_or_inverted_are_refused(function, options, message):
+    with pytest.raises(ValueError, match=f"{message}; expected"):
+        function(torch.zeros(4), torch.zeros(4), torch.zeros(4), denominator=1, **options)
 
 
 def test_the_value_loss_takes_the_worse_of_clipped_and_free():
@@ -302,6 +418,16 @@ def test_the_value_loss_takes_the_worse_of_clipped_and_free():
     loss = clipped_value_loss(value, old, returns, denominator=3, mask_T=mask, clip=0.2)
     same(loss, torch.tensor(0.5 * (1.3**2 + 1.0 + 1.0) / 3), 1e-6)
     same(torch.autograd.grad(loss, value)[0], torch.tensor([0.0, -1 / 3, 1 / 3, 0.0]), 1e-6)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_masked_values_reach_neither_the_value_loss_nor_its_gradient(garbage):
+    value_T, old_T, _, return_T = make()
+    expected = clipped_value_loss(value_T, old_T, return_T, denominator=7, mask_T=MASK)
+    dirty, *others = (x.detach().masked_fill(~MASK, garbage) for x in (value_T, old_T, return_T))
+    value = clipped_value_loss(dirty.requires_grad_(), *others, denominator=7, mask_T=MASK)
+    same(value, expected)
+    same(torch.autograd.grad(value, dirty)[0], torch.autograd.grad(expected, value_T)[0])
 
 
 def test_the_pretraining_mix_is_gamma_times_the_nll_over_what_is_said():
@@ -342,15 +468,8 @@ def test_policy_losses_are_ligers(name, kl):
     old_T = (logprob_T + random(21, seed=4, scale=0.15)).detach()
     reference_T = (logprob_T + random(21, seed=5, scale=0.2)).detach()
     theirs = chunked.LigerFusedLinearGRPOLoss(beta=kl, compiled=False, use_ref_model=kl > 0, **LIGER[name])
-    expected, _ = theirs(
-        hidden,
-        weight,
-        target,
-        mask,
-        advantage_B,
-        ref_per_token_logps=reference_T.view(3, 7),
-        old_per_token_logps=old_T.view(3, 7),
-    )
+    frozen = {"ref_per_token_logps": reference_T.view(3, 7), "old_per_token_logps": old_T.view(3, 7)}
+    expected, _ = theirs(hidden, weight, target, mask, advantage_B, **frozen)
     cu = torch.arange(0, 22, 7)
     weight_T = sequence_mean_weight(cu, 21, mask_T=is_counted_T)
     num_counted, advantage_T = int(mask.sum()), advantage_B.repeat_interleave(7)

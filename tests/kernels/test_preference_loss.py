@@ -1,12 +1,16 @@
 """Every preference loss against a value and a gradient worked from its published formula."""
 
 import math
+from decimal import Decimal, localcontext
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from warpline.kernels.linear_logprob import linear_logprob
 from warpline.kernels.preference_loss import (
+    CERTAIN_LOGPROB,
     aot,
     apo_down,
     apo_zero,
@@ -248,6 +252,151 @@ def test_reward_model_losses_are_those_of_their_papers():
     expected = [sum(-math.log(sigma(gap)) for gap in gaps) / 6, -math.log(sigma(-4.0))]
     assert loss.tolist() == pytest.approx(expected, abs=1e-12)
     assert ranking(reward[:1], torch.tensor([1]), torch.tensor([0, 1])).tolist() == [0.0]
+
+
+# ---- Edges: far exponents, certain answers, nothing to sum, and what is refused ----
+
+PAIRWISE = {
+    **{function.__name__: function for function in (dpo, robust_dpo, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard)},
+    **{function.__name__: function for function in (aot, apo_zero, apo_down, discopop)},
+    **{f"f_dpo {name}": partial(f_dpo, divergence=name) for name in ("reverse_kl", "forward_kl", "js", "alpha")},
+    "ipo averaged": lambda *a: ipo(*a, chosen_length_B=torch.full_like(a[0], 4), rejected_length_B=torch.full_like(a[0], 5)),
+    "aot unpaired": partial(aot, is_paired=False),
+    "discopop tau 2": partial(discopop, tau=2.0),
+}
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_far_log_ratios_give_finite_losses_and_gradients(name, dtype):
+    far = torch.tensor([-2e4, -900.0, -90.0, 0.0, 90.0, 900.0, 2e4], dtype=dtype)
+    chosen, rejected = (x.reshape(-1).requires_grad_() for x in torch.meshgrid(far, far, indexing="ij"))
+    loss_B = PAIRWISE[name](chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen))
+    gradients = torch.autograd.grad(loss_B.sum(), (chosen, rejected))
+    assert loss_B.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_forward_kl_is_its_formula_up_to_the_limit_of_the_exponent():
+    h_w, h_l = torch.tensor([-79.0, -3.0, -200.0]).double().requires_grad_(), torch.tensor([-60.0, 5.0, -100.0]).double()
+    loss_B = f_dpo(h_w, h_l, torch.zeros(3).double(), torch.zeros(3).double(), divergence="forward_kl", beta=0.1)
+    formula = [-logsigmoid(0.1 * (torch.exp(-b) - torch.exp(-a))).item() for a, b in ((h_w[i], h_l[i]) for i in (0, 1))]
+    assert loss_B.tolist() == pytest.approx([*formula, math.log(2)], rel=1e-12)
+    assert torch.autograd.grad(loss_B.sum(), h_w)[0][2] == 0
+
+
+@pytest.mark.parametrize("margin", [-2e4, -900.0, -88.0, -5.0, -0.1, 0.0, 0.1, 5.0, 900.0])
+def test_discopop_is_its_formula_at_every_margin(margin):
+    """In decimal numbers, whose exponents reach a million: the factors of m exp(−x) leave the range of floats."""
+    x, zero = number(margin), torch.zeros(1).double()
+    loss_B = discopop(x, zero, zero, zero, beta=1.0, tau=0.05)
+    with localcontext(prec=60):
+        far, tau = Decimal(margin), Decimal("0.05")
+        mix, rest, exponential = 1 / (1 + (-far / tau).exp()), 1 / (1 + (far / tau).exp()), (-far).exp()
+        logistic = (1 + exponential).ln()
+        value = rest * logistic + mix * exponential
+        slope = mix * rest / tau * (exponential - logistic) - rest / (1 + far.exp()) - mix * exponential
+    assert loss_B.item() == pytest.approx(float(value), rel=1e-12)
+    assert torch.autograd.grad(loss_B.sum(), x)[0].item() == pytest.approx(float(slope), rel=1e-12)
+
+
+def test_log_odds_of_certain_answers_are_limited_and_finite_in_gradient():
+    certain, nll = torch.tensor([0.0, 0.0, -1.0, 1e-9], requires_grad=True), torch.zeros(())
+    rejected = torch.tensor([-1.0, 0.0, 0.0, 0.0], requires_grad=True)
+    loss_B = orpo(certain, rejected, nll, beta=1.0)
+    limit = orpo(torch.tensor([CERTAIN_LOGPROB, 0, -1, 0]), torch.tensor([-1, 0, CERTAIN_LOGPROB, 0]), nll, beta=1.0)
+    assert torch.equal(loss_B, limit)
+    odds = -math.log(math.e - 1)
+    far = -math.log(1e-7)
+    assert loss_B.tolist() == pytest.approx([math.exp(odds - far), math.log(2), far - odds, math.log(2)], rel=1e-4)
+    gradients = torch.autograd.grad(loss_B.sum(), (certain, rejected))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert gradients[0][[0, 1, 3]].tolist() == [0, 0, 0] and gradients[1][1:].tolist() == [0, 0, 0]
+
+
+def test_no_pair_gives_an_empty_loss():
+    for function in PAIRWISE.values():
+        assert function(*[torch.zeros(0)] * 4).shape == (0,)
+    empty = torch.zeros(0)
+    assert kto_baseline(empty, empty) == 0 and kto(empty, empty, empty.bool(), 0.0).shape == (0,)
+    assert orpo(empty, empty, empty).shape == simpo(empty, empty).shape == cpo(empty, empty, empty).shape == (0,)
+    assert bradley_terry(empty, empty).shape == ranking(empty, empty, torch.tensor([0])).shape == (0,)
+    none = torch.zeros(1)
+    assert ipo(none, none, none, none, beta=0.5, chosen_length_B=none, rejected_length_B=none).tolist() == [1.0]
+    cu = torch.tensor([0])
+    assert length_desensitised(empty, cu, empty, alpha=0.5).shape == wpo_weight(empty, empty, cu).shape == (0,)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_nothing_is_broadcast_in_a_pair(name):
+    for position in range(4):
+        for bad in (torch.zeros(8, 1), torch.zeros(1), torch.zeros(())):
+            inputs = [torch.zeros(8)] * 4
+            inputs[position] = bad
+            with pytest.raises(ValueError, match="expected one shape of one dimension"):
+                PAIRWISE[name](*inputs)
+    with pytest.raises(ValueError, match="expected floating-point"):
+        PAIRWISE[name](*[torch.zeros(8).long()] * 4)
+
+
+def test_nothing_is_broadcast_in_the_other_losses():
+    x, column, one = torch.zeros(8), torch.zeros(8, 1), torch.zeros(1)
+    labels, cu = torch.ones(8).bool(), torch.tensor([0, 3, 8])
+    for bad in (column, one):
+        cases = [
+            (lambda bad=bad: kto(x, x, labels, bad), r"baseline is .*; expected a float or \[\]"),
+            (lambda bad=bad: kto(x, x, bad.bool(), 0.0), r"is_desirable is .*; expected \[8\]"),
+            (lambda bad=bad: kto(x, bad, labels, 0.0), "expected one shape"),
+            (lambda bad=bad: kto_baseline(x, bad), "expected one shape"),
+            (lambda bad=bad: ipo(x, x, x, x, chosen_length_B=x, rejected_length_B=bad), r"rejected_length is .*expected \[8\]"),
+            (lambda bad=bad: orpo(x, x, bad), r"nll_chosen is .*expected \[8\] or \[\]"),
+            (lambda bad=bad: cpo(x, x, bad), r"nll_chosen is .*expected \[8\] or \[\]"),
+            (lambda bad=bad: simpo(x, bad), "expected one shape"),
+            (lambda bad=bad: bradley_terry(x, bad), "expected one shape"),
+            (lambda bad=bad: bradley_terry(x, x, margin_B=bad), r"margin is .*expected \[8\] or \[\]"),
+            (lambda bad=bad: ranking(x, bad, cu), r"rank is .*expected \[8\]"),
+            (lambda bad=bad: length_desensitised(x, cu, bad, alpha=0.5), r"shared_length is .*expected \[2\]"),
+            (lambda bad=bad: length_desensitised(x, cu, x[:2], alpha=0.5, mask_T=bad.bool()), r"mask is .*expected"),
+            (lambda bad=bad: wpo_weight(x, bad, cu), "expected one shape"),
+        ]
+        for call, message in cases:
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_masks_boundaries_and_divisors_that_cannot_be_are_refused():
+    x, cu = torch.zeros(8), torch.tensor([0, 3, 8])
+    cases = [
+        (lambda: ipo(x, x, x, x, beta=0.0), r"beta is 0\.0; expected a number > 0"),
+        (lambda: sppo_hard(x, x, x, x, beta=0.0), r"beta is 0\.0; expected a number > 0"),
+        (lambda: discopop(x, x, x, x, tau=0.0), r"tau is 0\.0; expected a number > 0"),
+        (lambda: ranking(x, x, torch.tensor([0, 3, 7])), "cu_seqlens ends at 7; expected 8"),
+        (lambda: ranking(x, x, torch.tensor([0, 3, 9])), r"cu_seqlens is \[0, 3, 9\]; expected"),
+        (lambda: length_desensitised(x, cu, x[:2], alpha=0.5, mask_T=x), r"mask is torch\.float32"),
+        (lambda: length_desensitised(x, cu + 1, x[:2], alpha=0.5), r"cu_seqlens is \[1, 4, 9\]"),
+        (lambda: wpo_weight(x, x, cu, mask_T=x.long()), r"mask is torch\.int64"),
+        (lambda: wpo_weight(x, x, cu + 1), r"cu_seqlens is \[1, 4, 9\]"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tokens_are_counted_exactly_in_every_dtype(dtype):
+    """1000 tokens of −1 of which 700 are shared, behind 2 of another sequence, then garbage; half of 300 is 150."""
+    logprob_T = torch.cat([-torch.ones(1002), torch.full((3,), torch.nan)]).to(dtype)
+    cu = torch.tensor([0, 2, 1002])
+    sums = length_desensitised(logprob_T, cu, torch.tensor([5, 700]), alpha=0.5)
+    assert sums.tolist() == [-2, -850]
+    weight_B = wpo_weight(logprob_T, torch.ones(1005, dtype=dtype), cu)
+    assert weight_B.tolist() == pytest.approx([math.exp(-1)] * 2, rel=1e-6)
+
+
+def test_alpha_keeps_the_precision_of_the_sums_and_reaches_the_gradient():
+    logprob_T = -torch.ones(3, dtype=torch.float64, requires_grad=True)
+    sums = length_desensitised(logprob_T, torch.tensor([0, 3]), torch.tensor([1]), alpha=0.1)
+    assert sums.item() == pytest.approx(-1.2, abs=1e-15)
+    assert torch.autograd.grad(sums, logprob_T)[0].tolist() == [1, 0.1, 0.1]
 
 
 # ---- Against Liger's chunked losses, from hidden states to gradients ----
