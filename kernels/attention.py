@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_backend import Request, choose, runs_triton
+from .attention_backend import Request, choose
 from .attention_torch import Rule, attention_torch, visible_keys
+from .backend import runs_triton
 
 
 def attention_reference(
@@ -132,10 +133,14 @@ def _torch_gradients(request: Request, d_out: Tensor, d_lse: Tensor) -> tuple[An
     """The torch path has its backward in autograd's graph, so its forward runs again."""
     inputs = [None if x is None else x.detach().requires_grad_() for x in (request.q, request.k, request.v, request.sinks_N)]
     again = request._replace(q=inputs[0], k=inputs[1], v=inputs[2], sinks_N=inputs[3])  # type: ignore[arg-type]
-    with torch.enable_grad():
+    # Inside an operator torch excludes autograd from dispatch: enable_grad alone records nothing.
+    is_recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), is_recorded:
         outputs = attention_torch(*again.torch_arguments())
+    reached = [(x, d) for x, d in zip(outputs, (d_out, d_lse), strict=True) if x.requires_grad]
     present = [x for x in inputs if x is not None]
-    gradients = iter(torch.autograd.grad(outputs, present, (d_out, d_lse)))
+    outputs, upstream = zip(*reached, strict=True)
+    gradients = iter(torch.autograd.grad(outputs, present, upstream, allow_unused=True, materialize_grads=True))
     return tuple(None if x is None else next(gradients).contiguous() for x in inputs)
 
 
@@ -242,7 +247,9 @@ def attention(
             _refuse("cu_seqlens_k", list(cu_seqlens_k.shape), str(list(cu_seqlens.shape)), "give the same sequences")
     offset = _checked_offset(q, k, cu_seqlens, cu_seqlens_k, query_offset)
     rule = Rule(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale, return_lse, out_dtype or q.dtype)
-    if torch.compiler.is_compiling() and backend == "auto":
+    # What the operator takes; only in Triton's interpreter does it take Triton on the CPU.
+    own = "triton" if q.is_cuda and q.dtype != torch.float64 else "torch"
+    if torch.compiler.is_compiling() and backend in ("auto", own):
         is_one = isinstance(offset, int)
         options: tuple[Any, ...] = (causal, window, softcap, rule.scale, rule.out_dtype)
         tensors = (q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, None if is_one else offset)

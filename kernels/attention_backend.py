@@ -1,8 +1,5 @@
 """Which implementation of attention serves a request: a table that can be printed, and one adapter per entry.
 
-An entry says whether it is here at all (its distribution is installed and really imports) and what it cannot do. "auto" takes
-the first of `AUTO` that serves the request; a name obeys or raises with the reason. Nothing is handed on silently.
-
 **Math**, **Shapes** as in `attention`. **Source** each adapter calls the public function of the package of its name.
 **Limits** flash-attn and Transformer Engine have not been run from here: their adapters are tested against stand-ins that check
   what they are called with. So "auto" never takes them; nor SDPA, whose lead over our kernel is to be measured first.
@@ -11,8 +8,6 @@ the first of `AUTO` that serves the request; a name obeys or raises with the rea
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_torch import Rule, attention_torch
-from .logit_block import interprets
+from .backend import Backend, cuda_package_absent, first_reason, triton_absent
+from .backend import choose as choose_from
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -56,51 +52,12 @@ class Request(NamedTuple):
 Result = tuple[Tensor, Tensor | None]
 
 
-class Backend(NamedTuple):
-    """`absent` says why it is not here for a device; `cannot` what of a request it does not do; both None if all is well."""
-
-    absent: Callable[[torch.device], str | None]
-    cannot: Callable[[Request], str | None]
-    run: Callable[[Request], Result]
-
-
-def _first(reasons: dict[str, bool]) -> str | None:
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
 def _wants_same_bits(request: Request) -> bool:
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (request.q, request.k, request.v))
     return request.deterministic and is_trained
 
 
-def package_absent(distribution: str, module: str) -> str | None:
-    """Why an optional package cannot be used, or None; asked by the distribution's name, then by a real import."""
-    try:
-        importlib.metadata.version(distribution)
-        importlib.import_module(module)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{distribution} is not installed"
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{distribution} is installed but does not import: {str(error).splitlines()[0]}"
-    return None
-
-
 # ---- Ours ----
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve this tensor's device and dtype here."""
-    return _triton_absent(x.device) is None and x.dtype != torch.float64
-
-
-def _triton_absent(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        from .triton_jit import triton
-
-        return "triton is not installed" if triton is None else None
-    if device.type == "cpu" and interprets():
-        return None
-    return f"its kernels run on CUDA, not on {device.type} (TRITON_INTERPRET=1 runs them on the CPU)"
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -134,7 +91,7 @@ def _run_triton(request: Request) -> Result:
 def _sdpa_cannot(request: Request) -> str | None:
     rule, offset = request.rule, request.offset
     is_square = request.q.shape[1] == request.k.shape[1] and isinstance(offset, int) and offset == 0
-    return _first({
+    return first_reason({
         "packed documents": request.cu_seqlens is not None, "a window": rule.window is not None,
         "softcap": rule.softcap is not None, "sinks": request.sinks_N is not None, "the log-sum-exp": rule.return_lse,
         "another output dtype": rule.out_dtype != request.q.dtype,
@@ -166,10 +123,6 @@ def _sdpa(which: SDPBackend) -> Backend:
 # ---- Other packages ----
 
 
-def _flash_absent(device: torch.device) -> str | None:
-    return package_absent("flash-attn", "flash_attn") if device.type == "cuda" else "flash-attn runs on CUDA"
-
-
 def _flash_cannot(request: Request) -> str | None:
     """It aligns a causal mask to the last key: the offset it knows is S' − S, and packed, equal boundaries."""
     rule, q, k = request.rule, request.q, request.k
@@ -179,7 +132,7 @@ def _flash_cannot(request: Request) -> str | None:
         if is_packed
         else isinstance(offset, int) and offset == k.shape[1] - q.shape[1]
     )
-    return _first({
+    return first_reason({
         "sinks": request.sinks_N is not None, "a differentiable log-sum-exp": rule.return_lse,
         "another output dtype": rule.out_dtype != q.dtype, "dtypes other than bf16 and fp16": q.dtype not in _HALF,
         "values narrower than keys": q.shape[-1] != request.v.shape[-1], "heads wider than 256": q.shape[-1] > 256,
@@ -204,15 +157,11 @@ def _run_flash(request: Request) -> Result:
     return package.flash_attn_varlen_func(request.q, request.k, request.v, *bounds, **keywords), None
 
 
-def _engine_absent(device: torch.device) -> str | None:
-    return package_absent("transformer-engine", "transformer_engine.pytorch") if device.type == "cuda" else "it runs on CUDA"
-
-
 def _engine_cannot(request: Request) -> str | None:
     rule, q, k = request.rule, request.q, request.k
     is_packed, offset = request.cu_seqlens is not None, request.offset
     is_own = (request.cu_seqlens is request.cu_seqlens_k) if is_packed else q.shape[1] == k.shape[1]
-    return _first({
+    return first_reason({
         "softcap": rule.softcap is not None, "sinks": request.sinks_N is not None,
         "the log-sum-exp": rule.return_lse, "another output dtype": rule.out_dtype != q.dtype,
         "dtypes other than bf16 and fp16": q.dtype not in _HALF,
@@ -244,33 +193,19 @@ def _run_engine(request: Request) -> Result:
 
 TABLE: dict[str, Backend] = {
     "triton": Backend(
-        _triton_absent, lambda r: "fp64: the torch path has it" if r.q.dtype == torch.float64 else None, _run_triton
+        triton_absent, lambda r: "fp64: the torch path has it" if r.q.dtype == torch.float64 else None, _run_triton
     ),
     "torch": Backend(lambda device: None, lambda request: None, lambda r: attention_torch(*r.torch_arguments())),
     "sdpa-cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
     "sdpa-flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-    "flash-attn": Backend(_flash_absent, _flash_cannot, _run_flash),
-    "transformer-engine": Backend(_engine_absent, _engine_cannot, _run_engine),
+    "flash-attn": Backend(cuda_package_absent("flash-attn", "flash_attn"), _flash_cannot, _run_flash),
+    "transformer-engine": Backend(
+        cuda_package_absent("transformer-engine", "transformer_engine.pytorch"), _engine_cannot, _run_engine
+    ),
 }
 AUTO = ("triton", "torch")
 
 
 def choose(name: str, request: Request) -> Backend:
     """The entry that serves the request, or a ValueError with the reason."""
-    device = request.q.device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"attention: device: received {device.type}, expected cpu or cuda; move the tensors")
-    if name == "auto":
-        return next(TABLE[n] for n in AUTO if TABLE[n].absent(device) is None and TABLE[n].cannot(request) is None)
-    if name not in TABLE:
-        raise ValueError(
-            f"attention: backend: received {name!r}, expected 'auto' or one of {', '.join(TABLE)}; leave it at 'auto'"
-        )
-    backend = TABLE[name]
-    absent = backend.absent(device)
-    if absent is not None:
-        raise ValueError(f"attention: backend {name!r} is not here: {absent}; leave it at 'auto'")
-    cannot = backend.cannot(request)
-    if cannot is not None:
-        raise ValueError(f"attention: backend {name!r} cannot do {cannot}; leave it at 'auto'")
-    return backend
+    return choose_from("attention", TABLE, AUTO, name, request, request.q.device)

@@ -33,7 +33,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from enum import IntEnum
@@ -41,6 +40,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .backend import interprets
 
 LOWEST = -1e30  # far below any logit, and LOWEST · V still finite in fp32
 
@@ -341,11 +342,3 @@ def logit_block(device: torch.device) -> LogitBlock:
     if device.type == "cpu":
         return _TORCH
     raise ValueError(f"no implementation for device {device.type!r}; expected cpu or cuda: move the inputs")
-
-
-@functools.cache
-def interprets() -> bool:
-    """Whether Triton is here, and in its interpreter mode."""
-    from .triton_jit import triton
-
-    return triton is not None and bool(triton.knobs.runtime.interpret)

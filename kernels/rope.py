@@ -2,23 +2,30 @@
 
 Math      the first R of a head's H channels, halves x = (a, b), turn by their position's angles:
           a' = a·cos − b·sin,  b' = b·cos + a·sin  ("rotate_half": channel i pairs with i + R/2, not with i + 1);
-          the other H − R pass unchanged. Backward: the same with −sin.
+          the other H − R pass unchanged. Backward: the same with −sin, then the norm's.
 Shapes    q [..., N, H], k [..., K, H]; cos, sin half width [T, R/2], [S, R/2] or [B, S, R/2] (R ≤ H: partial rotation);
           norm weights [H]; outputs as q and k. Tables: positions [...] to cos, sin [..., R/2].
-Dtypes    in: fp64, fp32, bf16, fp16; computed in fp64 for fp64, else fp32; outputs: q's and k's. Norm: see rms_norm.
+Dtypes    in: fp64, fp32, bf16, fp16; computed in fp64 for fp64, else fp32; outputs: q's and k's. Norm: see rms_norm; on CUDA
+          it is not rounded before it is turned.
 Traffic   forward and backward 2 elements per element of q and k, cos and sin once per token.
 Source    RoFormer, arXiv:2104.09864; the Llama 3.1 frequencies, arXiv:2407.21783.
-Limits    Saves only cos and sin (and what the norm saves). cos and sin get no gradient.
+Limits    Saves only cos and sin, and with a norm its input. cos and sin get no gradient. First-order gradients only.
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .rms_norm import rms_norm, rms_norm_reference
+from .backend import runs_triton
+from .rms_norm import backward_torch as norm_backward
+from .rms_norm import forward_torch as norm_forward
+from .rms_norm import rms_norm_reference
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ def rope_reference(q, k, cos, sin, *, q_norm_weight=None, k_norm_weight=None, ep
     return tuple(outputs)
 
 
+# ---- torch, for the CPU ----
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     cos, sin = (table.to(wide.dtype).unsqueeze(-2) for table in (cos, sin))
@@ -84,29 +94,102 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return y.to(x.dtype)
 
 
-class _Rotate(torch.autograd.Function):
+def _forward_torch(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, zero_centred: bool) -> Tensor:
+    """x [..., heads, H] normed, if a weight is given, and turned."""
+    if weight is not None:
+        x = norm_forward(x, weight, None, eps, zero_centred)[0].to(x.dtype)
+    return _rotated(x, cos, sin, 1.0)
+
+
+def _backward_torch(
+    d_y: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    zero_centred: bool,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d_x, d_weight), those that are needed; without a norm x is not read."""
+    d_normed = _rotated(d_y, cos, sin, -1.0)
+    if weight is None:
+        return d_normed, None
+    inverse_rms = norm_forward(x, weight, None, eps, zero_centred)[2]
+    return norm_backward(d_normed, None, x, weight, inverse_rms, zero_centred, needs)
+
+
+def _steps(x: Tensor) -> tuple[Any, Any]:
+    """Forward and backward on a tensor's device."""
+    if runs_triton(x):
+        from . import rope_triton as kernels
+
+        return kernels.forward, kernels.backward
+    return _forward_torch, _backward_torch
+
+
+# ---- The registered operators, for compiled callers ----
+
+
+@torch.library.custom_op("warpline::rope", mutates_args=())
+def _rope_op(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, zero_centred: bool) -> Tensor:
+    return _steps(x)[0](x, cos, sin, weight, eps, zero_centred)
+
+
+@_rope_op.register_fake
+def _(x, cos, sin, weight, eps, zero_centred):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("warpline::rope_backward", mutates_args=())
+def _rope_backward_op(
+    d_y: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, zero_centred: bool,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gradients = _steps(d_y)[1](d_y, x, cos, sin, weight, eps, zero_centred, tuple(needed))
+    d_x, d_weight = (d_y.new_empty(0) if d is None else d for d in gradients)
+    return d_x, d_weight
+
+
+@_rope_backward_op.register_fake
+def _(d_y, x, cos, sin, weight, eps, zero_centred, needed):
+    d_weight = d_y.new_empty(0) if weight is None else weight.new_empty(weight.shape if needed[1] else 0)
+    return d_y.new_empty(d_y.shape if weight is None or needed[0] else 0), d_weight
+
+
+def _save_for_op(ctx, inputs, output):
+    x, cos, sin, weight, *ctx.options = inputs
+    ctx.save_for_backward(None if weight is None else x, cos, sin, weight)
+
+
+def _backward_of_op(ctx, d_y):
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
+    d_x, d_weight = _rope_backward_op(d_y, *ctx.saved_tensors, *ctx.options, needed)
+    return d_x if needed[0] else None, None, None, d_weight if needed[1] else None, None, None
+
+
+_rope_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
+
+
+# ---- Autograd, for eager callers ----
+
+
+class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1.0)
+    def forward(ctx, x, cos, sin, weight, eps, zero_centred):
+        ctx.save_for_backward(None if weight is None else x, cos, sin, weight)
+        ctx.options = eps, zero_centred
+        return _steps(x)[0](x, cos, sin, weight, eps, zero_centred)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):
-        cos, sin = ctx.saved_tensors
-        return _rotated(d_y, cos, sin, -1.0), None, None
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        d_x, d_weight = _steps(d_y)[1](d_y, *ctx.saved_tensors, *ctx.options, needed)
+        return d_x, None, None, d_weight, None, None
 
 
-def _rope_torch(q, k, cos, sin, norm_weights, eps, zero_centred):
-    normed = (
-        x if w is None else rms_norm(x, w, eps=eps, zero_centred=zero_centred).to(x.dtype)
-        for x, w in zip((q, k), norm_weights, strict=True)
-    )
-    return tuple(_Rotate.apply(x, cos, sin) for x in normed)
-
-
-# Dispatch by device: the Triton kernel will replace the entry of "cuda".
-_IMPLEMENTATIONS = {"cpu": _rope_torch, "cuda": _rope_torch}
+# ---- The public function ----
 
 
 def rope(
@@ -120,8 +203,9 @@ def rope(
     eps: float = 1e-6,
     zero_centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rotated (q, k), each normed first where its weight is given, as `rms_norm` does. On CPU, and on CUDA until the Triton kernel, torch
-    operations."""
+    """Rotated (q, k), each normed first where its weight is given, as `rms_norm` does. Triton on CUDA, torch operations on the
+    CPU and for fp64.
+    """
     if cos.shape != sin.shape or 2 * cos.shape[-1] > q.shape[-1] or q.shape[-1] != k.shape[-1]:
         received = f"q {list(q.shape)}, k {list(k.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
         expected = "one head width, and equal tables at most half as wide"
@@ -130,7 +214,12 @@ def rope(
     if q.shape[:-2] != k.shape[:-2] or cos.dim() < 2 or list(cos.shape[:-1]) != tokens[-(cos.dim() - 1) :]:
         received = f"q {list(q.shape)}, k {list(k.shape)}, tables {list(cos.shape)}"
         raise ValueError(f"rope: received {received}, expected a table row per token; index the tables by position")
-    if q.device.type not in _IMPLEMENTATIONS:
-        expected = ", ".join(_IMPLEMENTATIONS)
-        raise ValueError(f"rope: received device {q.device.type}, expected one of {expected}; move the tensors")
-    return _IMPLEMENTATIONS[q.device.type](q, k, cos, sin, (q_norm_weight, k_norm_weight), eps, zero_centred)
+    devices = {str(x.device) for x in (q, k, cos, sin, q_norm_weight, k_norm_weight) if x is not None}
+    if q.device.type not in ("cpu", "cuda") or len(devices) > 1:
+        received = ", ".join(sorted(devices))
+        raise ValueError(f"rope: received tensors on {received}, expected one device, cpu or cuda; move the tensors")
+    for name, weight in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
+        if weight is not None and weight.shape != q.shape[-1:]:
+            raise ValueError(f"rope: received {name} {list(weight.shape)}, expected [{q.shape[-1]}]; give one per channel")
+    turn = _rope_op if torch.compiler.is_compiling() else _Rope.apply
+    return turn(q, cos, sin, q_norm_weight, eps, zero_centred), turn(k, cos, sin, k_norm_weight, eps, zero_centred)

@@ -180,7 +180,7 @@ def policy_loss(session: Session, config: RlConfig, part: Frozen, denominator: f
     )  # fmt: skip
     divergence = torch.zeros_like(loss)
     if part.reference_T is not None:
-        divergence = (kl_k3(stats.logprob_T, part.reference_T) * mask_T).sum()
+        divergence = kl_k3(stats.logprob_T, part.reference_T, mask_T=mask_T).sum()
         loss = loss + config.kl_coefficient * divergence / denominator
     ratio_T = (stats.logprob_T.detach() - part.old_T).exp()
     is_outside_T = ((ratio_T < 1 - config.clip_low) | (ratio_T > 1 + config.clip_high)) & mask_T

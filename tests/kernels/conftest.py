@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from warpline.kernels.logit_block import interprets as interprets_triton
+from warpline.kernels.backend import interprets as interprets_triton
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config, items) -> None:
 def interprets() -> bool:
     """Whether this process runs Triton's kernels on the CPU: then they are what is tested."""
     return interprets_triton()
+
+
+@pytest.fixture
+def nan_memory():
+    """What nobody writes is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

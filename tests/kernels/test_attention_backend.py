@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from warpline.kernels.attention import attention
-from warpline.kernels.attention_backend import AUTO, TABLE, Request, choose, package_absent
+from warpline.kernels.attention_backend import AUTO, TABLE, Request, choose
 from warpline.kernels.attention_torch import Rule
 
 CPU = torch.device("cpu")
@@ -85,14 +85,6 @@ def test_sdpa_by_name_is_torchs_flash_kernel():
     assert torch.equal(named, expected.transpose(1, 2))
     with pytest.raises(ValueError, match="'sdpa-flash' cannot do a window"):
         attention(q, k, v, window=2, backend="sdpa-flash")
-
-
-def test_a_package_is_found_by_its_distribution_and_a_real_import(monkeypatch, tmp_path):
-    assert package_absent("pytest", "pytest") is None
-    assert package_absent("no-such-package", "pytest") == "no-such-package is not installed"
-    (tmp_path / "broken_package.py").write_text("raise ImportError('libcudart.so.12: cannot open\\nmore')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert package_absent("pytest", "broken_package") == "pytest is installed but does not import: libcudart.so.12: cannot open"
 
 
 @pytest.fixture

@@ -23,14 +23,6 @@ def set_tiles(monkeypatch, queries, keys):
     monkeypatch.setattr(forwards, "WIDE", dict.fromkeys((64, 128, 256), Tile(queries, keys, 4, 1)))
 
 
-@pytest.fixture
-def nan_memory():
-    """What nobody writes is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.interpreter
 @pytest.mark.interpreter_only
 @pytest.mark.usefixtures("nan_memory")
