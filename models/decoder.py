@@ -1,4 +1,6 @@
-"""The decoder: Llama 3 and Qwen 3 in one module, on the functions of `kernels/`.
+"""The decoder: Llama 3, Qwen 3, Mistral, Gemma 2 and 3, and gpt-oss's attention, in one module on the functions of `kernels/`.
+
+Families differ in the fields of `DecoderShape` alone; `huggingface_config.py` has the table.
 
 Parameters carry the Hugging Face names without the prefix `model.` (`layers.0.self_attn.q_proj.weight`, …, and
 `lm_head.weight` where embeddings are not tied), so import and export move tensors and convert nothing.
@@ -8,32 +10,33 @@ Shapes: tokens [B, S]; packed documents are one row (B = 1) with `cu_seqlens` in
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
 from ..kernels.rms_norm import rms_norm
-from ..kernels.rope import Llama3Scaling, rope, rope_tables
+from ..kernels.rope import rope, rope_tables
 from ..kernels.swiglu import swiglu
-
-
-class RopeScaling(BaseModel):
-    """Llama 3's frequency scaling; lengths in positions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat
-    high_freq_factor: PositiveFloat
-    original_max_positions: PositiveInt
+from .rope_scaling import AnyRopeScaling, scaled_rope_tables
 
 
 class DecoderShape(BaseModel):
-    """Sizes and switches but the vocabulary. `query_key_norm` is Qwen 3's; `attention_bias` adds a bias to q, k, v and o."""
+    """Sizes and switches but the vocabulary.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attention: `windows` repeats over the layers; a window counts the keys that a query sees, itself included, and 0 sees all
+    before it. Layers with a window rotate by `local_rope_theta`, unscaled, where it is given. Scores are multiplied by
+    `query_scalar`^−½ (default: head_width), then capped at ±`attention_softcap`. `attention_sinks` adds a learned score per
+    head that takes a share and gives nothing (gpt-oss), `attention_bias` a bias to q, k, v and o, `query_key_norm` Qwen 3's
+    norms. Norms: `zero_centred_norms` multiply by 1 + weight; `post_norms` norm each branch again before it is added (Gemma).
+    `scale_embeddings` multiplies them by width^½, rounded to their dtype. `logit_softcap` is not applied here: whoever makes
+    logits passes it to the kernels.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     width: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
@@ -41,14 +44,28 @@ class DecoderShape(BaseModel):
     head_width: PositiveInt
     mlp_width: PositiveInt
     max_positions: PositiveInt = 4096
+    windows: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: PositiveFloat = 1e-6
-    query_key_norm: bool = False
+    rope_scaling: AnyRopeScaling | None = None
+    local_rope_theta: PositiveFloat | None = None
+    query_scalar: PositiveInt | None = None
+    attention_softcap: PositiveFloat | None = None
+    attention_sinks: bool = False
     attention_bias: bool = False
+    query_key_norm: bool = False
+    norm_eps: PositiveFloat = 1e-6
+    zero_centred_norms: bool = False
+    post_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     mlp_bias: bool = False
+    scale_embeddings: bool = False
     tie_embeddings: bool = True
+    logit_softcap: PositiveFloat | None = None
     init_std: PositiveFloat = 0.02
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees; None: all before it."""
+        return self.windows[layer % len(self.windows)] or None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "DecoderShape":
@@ -113,8 +130,7 @@ class KeyValueCache:
 class _Context:
     """What every layer of one forward pass shares."""
 
-    cos: Tensor
-    sin: Tensor
+    rotary: dict[bool, tuple[Tensor, Tensor]]  # cos and sin of layers with a window (True) and without
     cu_seqlens: Tensor | None
     cache: KeyValueCache | None
     position_BS: Tensor
@@ -122,48 +138,68 @@ class _Context:
 
 
 class _Norm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, config: DecoderConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.zero_centred, self.eps = config.zero_centred_norms, config.norm_eps
+        self.weight = nn.Parameter(torch.full((width,), self.neutral))
+
+    @property
+    def neutral(self) -> float:
+        """The weight that multiplies by 1."""
+        return 0.0 if self.zero_centred else 1.0
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None):
-        return rms_norm(hidden, self.weight, eps=self.eps, residual=residual)
+        if residual is not None:
+            hidden = hidden.to(residual.dtype)  # under autocast a branch is bf16 and the residual stream fp32
+        return rms_norm(hidden, self.weight, eps=self.eps, residual=residual, zero_centred=self.zero_centred)
 
 
 class _Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        scale = (config.query_scalar or config.head_width) ** -0.5
+        self.rule = {"window": config.window(layer), "softcap": config.attention_softcap, "scale": scale}
         query_width, key_width = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
         self.q_proj = nn.Linear(config.width, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.width, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.width, key_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_width, config.width, bias=config.attention_bias)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.attention_sinks else None
         if config.query_key_norm:
-            self.q_norm = _Norm(config.head_width, config.norm_eps)
-            self.k_norm = _Norm(config.head_width, config.norm_eps)
+            self.q_norm = _Norm(config.head_width, config)
+            self.k_norm = _Norm(config.head_width, config)
 
     def forward(self, hidden_BSD: Tensor, context: _Context) -> Tensor:
         config = self.config
-        heads = (*hidden_BSD.shape[:2], -1, config.head_width)
-        query, key, value = (project(hidden_BSD).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (-1, config.head_width)
+        query, key, value = (project(hidden_BSD).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         q_norm, k_norm = (self.q_norm.weight, self.k_norm.weight) if config.query_key_norm else (None, None)
-        query, key = rope(query, key, context.cos, context.sin, q_norm_weight=q_norm, k_norm_weight=k_norm, eps=config.norm_eps)
+        query, key = rope(
+            query, key, *context.rotary[self.rule["window"] is not None], q_norm_weight=q_norm, k_norm_weight=k_norm,
+            eps=config.norm_eps, zero_centred=config.zero_centred_norms,
+        )  # fmt: skip
         if context.cache is not None:
             offset_B = context.cache.length_B
             key, value = context.cache.append(self.layer, context.position_BS, key, value, context.longest)
-            mixed = _attend(query, key.to(query.dtype), value.to(query.dtype), query_offset=offset_B)
+            mixed = self._attend(query, key.to(query.dtype), value.to(query.dtype), query_offset=offset_B)
         elif context.cu_seqlens is not None:
-            mixed = _attend(query[0], key[0], value[0], cu_seqlens=context.cu_seqlens)[None]
+            mixed = self._attend(query[0], key[0], value[0], cu_seqlens=context.cu_seqlens)[None]
         else:
-            mixed = _attend(query, key, value)
+            mixed = self._attend(query, key, value)
         return self.o_proj(mixed.flatten(2))
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Attention without its log-sum-exp, hence one tensor."""
+        return cast(Tensor, attention(query, key, value, sinks_N=self.sinks, **self.rule, **options))
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Attention without its log-sum-exp, hence one tensor."""
-    return cast(Tensor, attention(query, key, value, **options))
+
+def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate)·up by the tanh formula, rounded between the two as in Hugging Face's Gemma."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+_GATES = {"silu": swiglu, "gelu_tanh": _gelu_gate}
 
 
 class _Mlp(nn.Module):
@@ -172,18 +208,27 @@ class _Mlp(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.gate = _GATES[config.activation]
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD)))
+        return self.down_proj(self.gate(self.gate_proj(hidden_BSD), self.up_proj(hidden_BSD)))
 
 
 class _Layer(nn.Module):
+    """The norms' names are Hugging Face's: `post_attention_layernorm` stands before the MLP or, with `post_norms`, behind the
+    attention.
+    """
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
+        self.has_post_norms = config.post_norms
         self.self_attn = _Attention(config, layer)
         self.mlp = _Mlp(config)
-        self.input_layernorm = _Norm(config.width, config.norm_eps)
-        self.post_attention_layernorm = _Norm(config.width, config.norm_eps)
+        self.input_layernorm = _Norm(config.width, config)
+        self.post_attention_layernorm = _Norm(config.width, config)
+        if config.post_norms:
+            self.pre_feedforward_layernorm = _Norm(config.width, config)
+            self.post_feedforward_layernorm = _Norm(config.width, config)
 
     def forward(self, branch_BSD: Tensor | None, residual_BSD: Tensor, context: _Context) -> tuple[Tensor, Tensor]:
         """Takes the last layer's branch, not yet added to the residual stream, so that the addition fuses with the norm."""
@@ -191,12 +236,17 @@ class _Layer(nn.Module):
             normed = self.input_layernorm(residual_BSD)
         else:
             normed, residual_BSD = self.input_layernorm(branch_BSD, residual_BSD)
-        normed, residual_BSD = self.post_attention_layernorm(self.self_attn(normed, context), residual_BSD)
-        return self.mlp(normed), residual_BSD
+        branch_BSD = self.self_attn(normed, context)
+        if not self.has_post_norms:
+            normed, residual_BSD = self.post_attention_layernorm(branch_BSD, residual_BSD)
+            return self.mlp(normed), residual_BSD
+        branch_BSD = self.post_attention_layernorm(branch_BSD)
+        normed, residual_BSD = self.pre_feedforward_layernorm(branch_BSD, residual_BSD)
+        return self.post_feedforward_layernorm(self.mlp(normed)), residual_BSD
 
 
 class Decoder(nn.Module):
-    """A Llama 3 / Qwen 3 decoder.
+    """A decoder of the shape that its config describes.
 
     `decoder(tokens_BS, *, cu_seqlens=None, head=None, cache=None)` returns the final normed hidden states [B, S, D], or, with
     `head`, what `head(hidden_BSD, output_weight_VD)` returns. `cu_seqlens` (int32 [num_documents + 1], from 0 to S) packs
@@ -209,7 +259,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(_Layer(config, layer) for layer in range(config.num_layers))
-        self.norm = _Norm(config.width, config.norm_eps)
+        self.norm = _Norm(config.width, config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
@@ -220,12 +270,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Decoder":
-        """Normal(0, init_std) for every matrix, residual outputs divided by sqrt(2·num_layers) (GPT-2's rule), biases 0,
-        norms 1.
+        """Normal(0, init_std) for every matrix, residual outputs divided by sqrt(2·num_layers) (GPT-2's rule), biases and
+        sinks 0, norms neutral.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                parameter.fill_(self.norm.neutral)
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
@@ -243,11 +293,17 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
     ):
         context = self._context(tokens_BS, cu_seqlens, cache)
-        branch, residual = None, self.embed_tokens(tokens_BS)
+        branch, residual = None, self._embed(tokens_BS)
         for layer in self.layers:
             branch, residual = layer(branch, residual, context)
         hidden_BSD, _ = self.norm(branch, residual)
         return hidden_BSD if head is None else head(hidden_BSD, self.output_weight)
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        embedded_BSD = self.embed_tokens(tokens_BS)
+        if not self.config.scale_embeddings:
+            return embedded_BSD
+        return embedded_BSD * torch.tensor(self.config.width**0.5, dtype=self.embed_tokens.weight.dtype)
 
     def _context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, cache: KeyValueCache | None) -> _Context:
         if tokens_BS.ndim != 2:
@@ -270,15 +326,15 @@ class Decoder(nn.Module):
             longest = cache.longest + num_positions
         else:
             position_BS = position_S[None].expand(num_sequences, -1)
-        weight = self.embed_tokens.weight
-        scaling, llama3 = self.config.rope_scaling, None
-        if scaling is not None:
-            llama3 = Llama3Scaling(
-                scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
-            )
-        table_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        cos, sin = rope_tables(position_BS, self.config.head_width, self.config.rope_theta, scaling=llama3, dtype=table_dtype)
-        return _Context(cos, sin, cu_seqlens, cache, position_BS, longest)
+        return _Context(self._rotary(position_BS), cu_seqlens, cache, position_BS, longest)
+
+    def _rotary(self, position_BS: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        config, is_fp64 = self.config, self.embed_tokens.weight.dtype == torch.float64
+        dtype = torch.float64 if is_fp64 else torch.float32
+        tables = scaled_rope_tables(config.rope_scaling, position_BS, config.head_width, config.rope_theta, dtype)
+        if config.local_rope_theta is None:
+            return {False: tables, True: tables}
+        return {False: tables, True: rope_tables(position_BS, config.head_width, config.local_rope_theta, dtype=dtype)}
 
 
 def num_parameters(decoder: Decoder) -> int:

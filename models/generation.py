@@ -105,12 +105,18 @@ class _Batch:
 
     def _sample(self, hidden_BD: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         weight_VD = self.decoder.output_weight
+        softcap = self.decoder.config.logit_softcap
+        # At least fp32: around 32, bf16 goes in steps of 0.25, noise would tie and the first index win.
         logits_BV = F.linear(hidden_BD.to(weight_VD.dtype), weight_VD)
+        logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+        if softcap is not None:
+            logits_BV = torch.tanh(logits_BV / softcap).mul_(softcap)
         if temperature > 0:
             noise_BV = torch.empty_like(logits_BV).exponential_(generator=generator)
             logits_BV = logits_BV.div_(temperature).sub_(noise_BV.log_())
         token_B = logits_BV.argmax(-1)
-        return token_B, linear_logprob(hidden_BD, weight_VD, token_B, temperature=temperature or 1.0).logprob_T
+        stats = linear_logprob(hidden_BD, weight_VD, token_B, softcap=softcap, temperature=temperature or 1.0)
+        return token_B, stats.logprob_T
 
     def _record(self, row_B: list[int], tokens: list[int], logprobs: list[float]) -> list[int]:
         """Append one token to each growing sequence; return the batch indices of those that go on."""

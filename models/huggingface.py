@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: Llama and Qwen 3, safetensors only, one tensor at a time.
+"""Hugging Face folders in and out: the families of `huggingface_config.py`, safetensors only, one tensor at a time.
 
 Reads   config.json, model.safetensors or model.safetensors.index.json with its shards; other files are left alone.
 Writes  the same, generation_config.json and the tokenizer's files; config.json last: without it a folder is refused.
@@ -13,50 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .decoder import Decoder, DecoderConfig, RopeScaling
+from .decoder import Decoder, DecoderConfig
+from .huggingface_config import BadCheckpoint as BadCheckpoint
+from .huggingface_config import read_settings, write_settings
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 _DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama checkpoints store
-
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_width": "head_dim",
-    "mlp_width": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-}
-_DERIVED_SIZES = ("num_kv_heads", "head_width")
-# What transformers assumes where config.json is silent, by model type.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "head_dim": None},
-    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128, "num_key_value_heads": 32},
-}
-# Settings that change the mathematics, and the values under which this decoder computes the same.
-_REQUIRED_VALUES: dict[str, tuple] = {
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1, None),
-    "use_sliding_window": (False, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1.0, None),
-}
-
-
-class BadCheckpoint(ValueError):
-    """One line that names the file or tensor, what is wrong with it, and the remedy."""
 
 
 class ExportableTokenizer(Protocol):
@@ -80,69 +51,7 @@ class _Stored(NamedTuple):
 def read_config(folder: str | Path) -> DecoderConfig:
     """The decoder that config.json describes; BadCheckpoint names the first setting that it does not compute."""
     path = Path(folder) / _CONFIG
-    settings = _read_json(path)
-    kind = settings.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise BadCheckpoint(f"{path}: model_type is {kind!r}; supported are {', '.join(_ARCHITECTURES)}")
-    architectures = settings.get("architectures") or [_ARCHITECTURES[kind]]
-    if _ARCHITECTURES[kind] not in architectures:
-        raise BadCheckpoint(f"{path}: architectures is {architectures}; for {kind} only {_ARCHITECTURES[kind]} is supported")
-    for name, values in _REQUIRED_VALUES.items():
-        if settings.get(name, values[0]) not in values:
-            raise BadCheckpoint(f"{path}: {name}={settings[name]!r} is not supported; only {values[0]!r} is")
-    if any(layer != "full_attention" for layer in settings.get("layer_types") or ()):
-        raise BadCheckpoint(f"{path}: layer_types={settings['layer_types']} is not supported; only full_attention is")
-    settings = _DEFAULTS[kind] | settings
-    try:
-        return DecoderConfig(
-            **_sizes(settings, path),
-            **_rope(settings, path),
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
-            query_key_norm=kind == "qwen3",
-            attention_bias=settings.get("attention_bias", False),
-            mlp_bias=settings.get("mlp_bias", False),
-            tie_embeddings=settings.get("tie_word_embeddings", False),
-            init_std=settings.get("initializer_range", 0.02),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "the sizes"
-        raise BadCheckpoint(f"{path}: {name}: {first['msg']}; correct that setting") from None
-
-
-def _sizes(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    sizes: dict[str, Any] = {ours: settings.get(theirs) for ours, theirs in _SIZES.items()}
-    for ours, size in sizes.items():
-        if not isinstance(size, int) and (size is not None or ours not in _DERIVED_SIZES):
-            raise BadCheckpoint(f"{path}: {_SIZES[ours]} is {size!r}; it must be a number, as transformers writes it")
-    derived = {"num_kv_heads": sizes["num_heads"], "head_width": sizes["width"] // max(1, sizes["num_heads"])}
-    return sizes | {ours: sizes[ours] or derived[ours] for ours in _DERIVED_SIZES}
-
-
-def _rope(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling`, with `type` for `rope_type`."""
-    new, old = settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {}
-    if new and old and new != old:
-        raise BadCheckpoint(f"{path}: rope_parameters and rope_scaling differ; keep rope_parameters and delete the other")
-    rope = new or old
-    if not isinstance(rope, dict):
-        raise BadCheckpoint(f"{path}: rope_parameters is {rope!r}; it must be an object, as transformers writes it")
-    theta = rope.get("rope_theta") or settings.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0:
-        raise BadCheckpoint(f"{path}: partial_rotary_factor={fraction!r} is not supported; only 1.0 is")
-    if kind not in ("default", "llama3"):
-        raise BadCheckpoint(f"{path}: rope_type={kind!r} is not supported; supported are default and llama3")
-    if kind == "default":
-        return {"rope_theta": theta}
-    names = ("factor", "low_freq_factor", "high_freq_factor")
-    absent = [name for name in names if name not in rope]
-    if absent:
-        raise BadCheckpoint(f"{path}: rope_type llama3 lacks {absent[0]}; add it, as transformers writes it")
-    original = rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]
-    scaling = RopeScaling(**{name: rope[name] for name in names}, original_max_positions=original)
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return read_settings(_read_json(path), path)
 
 
 @torch.no_grad()
@@ -281,13 +190,16 @@ def save(
     *,
     max_shard_bytes: int = 5 * 10**9,
     end_ids: Sequence[int] | None = None,
+    own_form: bool = False,
 ) -> None:
-    """Write the decoder as a Llama (with query/key norm: Qwen 3) that transformers loads, replacing weights there.
+    """Write the decoder as the first family of transformers that computes it, replacing weights there.
 
+    A decoder that none computes is refused before anything is written; with `own_form`, it is written for `load` alone.
     `end_ids` (default: the tokenizer's) stop `generate`. Every file is on disk (fsync) when this returns.
     """
     folder = Path(folder)
-    settings = _settings(decoder)
+    settings = write_settings(decoder.config, own_form=own_form)
+    settings["dtype"] = str(decoder.output_weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -309,36 +221,6 @@ def save(
     _write_json(folder / _CONFIG, settings | special)
     _flush(folder / _CONFIG)
     _flush(folder)
-
-
-def _settings(decoder: Decoder) -> dict[str, Any]:
-    config = decoder.config
-    kind = "qwen3" if config.query_key_norm else "llama"
-    if kind == "qwen3" and config.mlp_bias:
-        raise ValueError("mlp_bias=True with query_key_norm=True is neither Llama nor Qwen 3; to export, set one of them False")
-    if kind == "llama" and config.width % config.num_heads:
-        raise ValueError(
-            f"width={config.width} is not a multiple of num_heads={config.num_heads}, and transformers then refuses "
-            "a Llama; to export, choose such a width"
-        )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling.model_dump()
-        rope |= {"rope_type": "llama3", "original_max_position_embeddings": scaling.pop("original_max_positions")}
-        rope |= scaling
-    return {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
-        "dtype": str(decoder.output_weight.dtype).removeprefix("torch."),
-        "hidden_act": "silu",
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
-        "rope_parameters": rope,
-        "rms_norm_eps": config.norm_eps,
-        "attention_bias": config.attention_bias,
-        **({} if kind == "qwen3" else {"mlp_bias": config.mlp_bias}),
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
-    }
 
 
 def _write_weights(decoder: Decoder, folder: Path, max_shard_bytes: int) -> None:

@@ -9,10 +9,16 @@ from warpline.models.generation import generate
 VOCAB, END = 61, 60
 
 
-def decoder_of(dtype: torch.dtype, width: int = 32, layers: int = 3) -> Decoder:
+CAPPED = {
+    "query_key_norm": False, "windows": (4, 0), "attention_softcap": 1.0, "logit_softcap": 2.0, "attention_sinks": True,
+    "zero_centred_norms": True, "post_norms": True, "scale_embeddings": True, "tie_embeddings": False,
+}  # fmt: skip
+
+
+def decoder_of(dtype: torch.dtype, width: int = 32, layers: int = 3, **changes) -> Decoder:
     config = DecoderConfig(
         vocab_size=VOCAB, width=width, num_layers=layers, num_heads=4, num_kv_heads=2, head_width=8, mlp_width=3 * width,
-        query_key_norm=True, init_std=0.15,
+        **{"query_key_norm": True, "init_std": 0.15, **changes},
     )  # fmt: skip
     return Decoder(config).initialise(torch.Generator().manual_seed(1)).to(dtype)
 
@@ -32,14 +38,17 @@ def trainer_logprobs(decoder: Decoder, prompts, completions, temperature: float)
     batch = pack(samples)
 
     def head(hidden, weight):
-        return linear_logprob(hidden[0], weight, batch.target_T, temperature=temperature).logprob_T
+        return linear_logprob(
+            hidden[0], weight, batch.target_T, temperature=temperature, softcap=decoder.config.logit_softcap
+        ).logprob_T
 
     return decoder(batch.tokens_T[None], cu_seqlens=batch.cu_seqlens, head=head)[batch.target_T >= 0].detach()
 
 
+@pytest.mark.parametrize("changes", [{}, CAPPED], ids=["plain", "capped"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_reported_logprobs_equal_the_trainers_in_fp64(temperature):
-    decoder, prompts = decoder_of(torch.float64), prompts_of(40)
+def test_reported_logprobs_equal_the_trainers_in_fp64(temperature, changes):
+    decoder, prompts = decoder_of(torch.float64, **changes), prompts_of(40)
     completions = generate(
         decoder, prompts, max_new_tokens=20, end_ids=[END], temperature=temperature,
         generator=torch.Generator().manual_seed(3), sequences_per_batch=17,
@@ -71,17 +80,29 @@ def test_greedy_tokens_are_the_full_forwards_argmax():
             ids.append(token)
 
 
-def test_sampling_follows_the_models_distribution():
-    decoder = decoder_of(torch.float64)
+@pytest.mark.parametrize("changes", [{}, {**CAPPED, "logit_softcap": 0.7}], ids=["plain", "capped"])
+def test_sampling_follows_the_models_distribution(changes):
+    decoder = decoder_of(torch.float64, **changes)
     prompt = [3, 5, 7]
     completions = generate(
         decoder, [prompt] * 20000, max_new_tokens=1, end_ids=[END], generator=torch.Generator().manual_seed(4)
     )
     counts = torch.bincount(torch.tensor([completion.ids[0] for completion in completions]), minlength=VOCAB).double()
-    expected = (decoder(torch.tensor([prompt]))[0, -1] @ decoder.output_weight.T).softmax(0).detach() * 20000
+    logits, cap = (decoder(torch.tensor([prompt]))[0, -1] @ decoder.output_weight.T).double(), decoder.config.logit_softcap
+    expected = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(0).detach() * 20000
     likely = expected > 5
     chi_squared = ((counts - expected)[likely] ** 2 / expected[likely]).sum() / likely.sum()
     assert chi_squared < 1.8
+
+
+@torch.no_grad()
+def test_sampling_from_large_equal_bf16_logits_is_uniform():
+    decoder = decoder_of(torch.bfloat16, tie_embeddings=False)
+    decoder.lm_head.weight[:] = decoder(torch.tensor([[3]]))[0, -1]  # every logit is |hidden|² = 32
+    completions = generate(decoder, [[3]] * 20000, max_new_tokens=1, end_ids=[], generator=torch.Generator().manual_seed(4))
+    counts = torch.bincount(torch.tensor([completion.ids[0] for completion in completions]), minlength=VOCAB).double()
+    expected = 20000 / VOCAB
+    assert ((counts - expected) ** 2 / expected).sum() / VOCAB < 1.8
 
 
 def test_a_completion_ends_at_an_end_token_or_at_the_limit():

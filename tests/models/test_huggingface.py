@@ -14,13 +14,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from warpline.data.tokenizer import ChatTokenizer, train_tokenizer
-from warpline.models.decoder import Decoder, DecoderConfig, RopeScaling
+from warpline.models.decoder import Decoder, DecoderConfig
+from warpline.models.generation import generate
 from warpline.models.huggingface import BadCheckpoint, load, read_config, save
 
 with warnings.catch_warnings():
     # transformers' dependencies announce their own deprecations while they are imported.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Gemma2Config,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen3Config,
+    )
 
 SIZES = {
     "vocab_size": 53,
@@ -43,6 +52,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA = {"pad_token_id": None, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+# Windows are shorter than the 48 tokens that are compared, softcaps small enough to bend.
 VARIANTS = {
     "llama": (LlamaConfig, {}),
     "llama_tied": (LlamaConfig, {"tie_word_embeddings": True}),
@@ -51,6 +67,36 @@ VARIANTS = {
     "llama_wide_heads": (LlamaConfig, {"head_dim": 12, "num_key_value_heads": 1}),
     "qwen3": (Qwen3Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-3}),
     "qwen3_tied_biased": (Qwen3Config, {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 16}),
+    "qwen3_yarn": (Qwen3Config, {"rope_parameters": YARN}),
+    "mistral": (MistralConfig, {"sliding_window": 6}),
+    "mistral_window_1": (
+        MistralConfig,
+        {"sliding_window": 1, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6},
+    ),
+    "mistral_long_window": (MistralConfig, {"sliding_window": 80, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "gemma2": (Gemma2Config, GEMMA | {"sliding_window": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
+    "gemma2_untied": (
+        Gemma2Config,
+        GEMMA
+        | {
+            "sliding_window": 9,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+    "gemma3": (Gemma3TextConfig, GEMMA | {"sliding_window": 5, "sliding_window_pattern": 3, "rope_parameters": GEMMA3_ROPE}),
+    "gemma3_capped": (
+        Gemma3TextConfig,
+        GEMMA
+        | {
+            "sliding_window": 7,
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
 }
 TOKENS_BS = torch.randint(0, SIZES["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -68,7 +114,8 @@ def make_theirs(variant: str):
     """A random model of transformers, its norms and biases random too."""
     config_class, changes = VARIANTS[variant]
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(config_class(**(SIZES | changes))).eval()
+    # Eager attention, as transformers' default forgets Gemma 2's softcap.
+    model = AutoModelForCausalLM.from_config(config_class(**(SIZES | changes)), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -85,7 +132,18 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def logits_of(decoder: Decoder, tokens_BS: Tensor = TOKENS_BS) -> Tensor:
-    return decoder(tokens_BS) @ decoder.output_weight.T
+    logits, cap = decoder(tokens_BS) @ decoder.output_weight.T, decoder.config.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def test_bf16_logits_are_as_near_to_fp32s_as_those_of_transformers(tmp_path):
+    for variant in ("mistral", "gemma2", "gemma3"):
+        theirs = make_theirs(variant)
+        theirs.save_pretrained(tmp_path)
+        with torch.no_grad():
+            truth, rounded = theirs(TOKENS_BS).logits, theirs.to(torch.bfloat16)(TOKENS_BS).logits.float()
+        received = logits_of(load(tmp_path, dtype=torch.bfloat16)).float()
+        assert (received - truth).abs().max() <= 2 * (rounded - truth).abs().max(), variant
 
 
 def edit(path: Path, **changes) -> None:
@@ -120,6 +178,7 @@ def test_exported_models_are_the_same_in_transformers(variant, max_shard_bytes, 
     save(decoder, tmp_path / "ours", max_shard_bytes=max_shard_bytes)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists() == (max_shard_bytes == 20_000)
     back, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back.set_attn_implementation("eager")
     assert not any(report.values()), report
     assert type(back) is type(theirs)
     original = theirs.state_dict()
@@ -128,47 +187,26 @@ def test_exported_models_are_the_same_in_transformers(variant, max_shard_bytes, 
         assert torch.equal(tensor, original[name]), name
     with torch.no_grad():
         assert torch.equal(back(TOKENS_BS).logits, theirs(TOKENS_BS).logits)
-    generated = back.generate(TOKENS_BS[:1, :5], do_sample=False, max_new_tokens=8)
+    # At window 1 transformers' cache forgets nothing (keys[-window + 1:] is keys[0:]).
+    use_cache = variant != "mistral_window_1"
+    generated = back.generate(TOKENS_BS[:1, :5], do_sample=False, max_new_tokens=16, use_cache=use_cache)
+    ours = generate(decoder, [TOKENS_BS[0, :5].tolist()], max_new_tokens=16, end_ids=[], temperature=0.0)
+    assert generated[0, 5:].tolist() == ours[0].ids
     row = TOKENS_BS[:1, :5]
-    for _ in range(8):
+    for _ in range(16):
         row = torch.cat([row, logits_of(decoder, row)[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, row)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_embeddings": False, "attention_bias": True, "mlp_bias": True, "norm_eps": 3e-5},
-        {"query_key_norm": True, "head_width": 10, "rope_theta": 123456.5, "init_std": 0.0123},
-        {"rope_scaling": RopeScaling(factor=2.5, low_freq_factor=1.5, high_freq_factor=3.5, original_max_positions=64)},
-    ],
-)
-def test_a_configuration_and_its_weights_round_trip_exactly(changes, tmp_path):
-    sizes = {"vocab_size": 11, "width": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_positions": 77}
-    config = DecoderConfig(**({"head_width": 4, "mlp_width": 24} | sizes | changes))
+def test_a_shape_and_its_weights_round_trip_bitwise(tmp_path):
+    sizes = {"vocab_size": 11, "width": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_width": 4}
+    config = DecoderConfig(**sizes, mlp_width=24, windows=(3, 0), attention_sinks=True, rope_theta=123456.5)
     decoder = Decoder(config).initialise(torch.Generator().manual_seed(1))
-    save(decoder, tmp_path, max_shard_bytes=2_000)
+    save(decoder, tmp_path, max_shard_bytes=2_000, own_form=True)
     assert read_config(tmp_path) == config
     back = load(tmp_path).state_dict()
     assert back.keys() == decoder.state_dict().keys()
     assert all(torch.equal(tensor, back[name]) for name, tensor in decoder.state_dict().items())
-
-
-def test_configurations_from_before_transformers_5_mean_the_same(folder):
-    make_theirs("llama_rope_scaled").save_pretrained(folder)
-    expected = read_config(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    rope = settings.pop("rope_parameters")
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    for name in ("head_dim", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "tie_word_embeddings"):
-        settings.pop(name)
-    old = settings | {"rope_theta": theta, "torch_dtype": "float32"}
-    for scaling in ({"rope_type": kind, **rope}, {"type": kind, **rope}):
-        (folder / "config.json").write_text(json.dumps(old | {"rope_scaling": scaling}))
-        assert read_config(folder) == expected
-    (folder / "config.json").write_text(json.dumps(old | {"rope_scaling": None, "num_key_value_heads": None}))
-    assert read_config(folder) == expected.model_copy(update={"rope_scaling": None, "num_kv_heads": 4})
 
 
 def test_the_files_dtype_is_kept_unless_another_is_asked_for(tmp_path):
@@ -188,36 +226,6 @@ def test_tensors_of_several_dtypes_need_a_choice(folder):
     with pytest.raises(BadCheckpoint, match="tensors have dtypes F16 and F32; choose one with dtype="):
         load(folder)
     assert load(folder, dtype=torch.float32).norm.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gpt2"}, r"config\.json: model_type is 'gpt2'; supported are llama, qwen3"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is .'LlamaForSequenceClassification'"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu' is"),
-        ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.* is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported; supported are default and"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters and rope_scaling differ"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type llama3 lacks low_freq_factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
-        ({"rope_parameters": [1]}, "rope_parameters is .1.; it must be an object"),
-        ({"hidden_size": None}, "hidden_size is None; it must be a number"),
-        ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a number"),
-        ({"num_attention_heads": 0}, "num_heads: Input should be greater than 0"),
-        ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
-        ({"rms_norm_eps": "small"}, "norm_eps: Input should be a valid number"),
-    ],
-)
-def test_settings_that_this_decoder_does_not_compute_are_refused_by_name(changes, message, folder):
-    edit(folder / "config.json", **changes)
-    with pytest.raises(BadCheckpoint, match=message) as caught:
-        load(folder)
-    assert str(folder / "config.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -381,12 +389,16 @@ def test_a_half_written_folder_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_key_norm": True, "mlp_bias": True}, "is neither Llama nor Qwen 3"),
-        ({"num_heads": 3}, "width=8 is not a multiple of num_heads=3"),
+        ({"query_key_norm": True, "mlp_bias": True}, "the nearest, llama, asks for query_key_norm=False: to export"),
+        ({"num_heads": 3, "attention_bias": True}, r"llama, asks for a width that is a multiple of num_heads=3 \(it is 8\)"),
+        ({"windows": (4,), "attention_sinks": True}, "the nearest, mistral, asks for attention_sinks=False"),
+        ({"windows": (4,), "local_rope_theta": 5.0}, "the nearest, mistral, asks for local_rope_theta=None"),
+        ({"windows": (4, 8)}, "the nearest, llama, asks for no windows"),
+        ({"post_norms": True, "query_scalar": 7}, "llama, asks for query_scalar=None, post_norms=False"),
     ],
 )
 def test_a_decoder_without_a_hugging_face_architecture_is_refused_before_anything_is_written(changes, message, tmp_path):
-    sizes = {"vocab_size": 5, "width": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_width": 4}
+    sizes = {"vocab_size": 5, "width": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_width": 4}
     with pytest.raises(ValueError, match=message):
         save(Decoder(DecoderConfig(**(sizes | {"mlp_width": 8} | changes))), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
