@@ -83,8 +83,8 @@ def test_a_decoder_with_sinks_gives_the_logits_of_gpt_oss_with_a_dense_mlp():
     expected = theirs(tokens_BS).logits
     received = decoder(tokens_BS) @ decoder.output_weight.T
     assert expected.std() > 0.3
-    # fp32 on both sides; transformers computes the rotary tables in fp32 whatever the model's dtype.
-    assert (received - expected).abs().max() <= 3e-5 * expected.abs().max()
+    # fp32 on both sides, 2.1e-6 seen; transformers computes the rotary tables in fp32 whatever the model's dtype.
+    assert (received - expected).abs().max() <= 1e-5
     for layer in decoder.layers:
         layer.self_attn.sinks.zero_()
     assert (decoder(tokens_BS) @ decoder.output_weight.T - expected).abs().max() > 0.1
