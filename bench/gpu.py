@@ -18,7 +18,7 @@ from pathlib import Path
 from .measure import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = ("logit_block", "linear_logprob", "linear_divergence", "attention", "rms_norm", "rope", "swiglu")
+BENCHES = ("logit_block", "linear_logprob", "linear_divergence", "attention", "rms_norm", "rope", "swiglu", "adamw")
 
 
 def run(name: str, command: list[str], folder: Path) -> tuple[int, float]:

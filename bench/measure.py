@@ -9,7 +9,6 @@ Expect  the spread is the interquartile range; a difference below it is no diffe
 from __future__ import annotations
 
 import datetime
-import functools
 import importlib
 import importlib.metadata
 import json
@@ -192,67 +191,6 @@ def host_microseconds(function: Callable[[], Any], device: torch.device) -> floa
         taken.append(1e6 * (time.perf_counter() - started))
     torch.cuda.synchronize()
     return statistics.median(taken)
-
-
-@dataclass
-class Streaming:
-    """A memory-bound operation at one shape: functions of its inputs by name, ours first, and a reference; the bytes that its
-    forward and its backward need to move."""
-
-    operation: str
-    shape: dict[str, int]
-    inputs: list[torch.Tensor]
-    functions: Mapping[str, Callable[..., Any]]
-    reference: Callable[..., Any]
-    forward_bytes: int
-    backward_bytes: int
-
-
-def add_streaming_rows(problem: Streaming, report: Report, seconds: float) -> None:
-    """Forward and backward of every function beside a plain copy of as many bytes."""
-    inputs, device = [x.detach().requires_grad_() for x in problem.inputs], problem.inputs[0].device
-    outputs = {name: _tuple(function(*inputs)) for name, function in problem.functions.items()}
-    generator = torch.Generator(device).manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator, device=device).to(y.dtype) for y in next(iter(outputs.values()))]
-    name_of_ours, dtype = next(iter(outputs)), str(inputs[0].dtype).removeprefix("torch.")
-    errors = _streaming_errors(problem, upstream)
-
-    def backward(name: str) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(outputs[name], inputs, upstream, retain_graph=True)
-
-    forwards = {name: functools.partial(function, *inputs) for name, function in problem.functions.items()}
-    backwards = {name: backward(name) for name in problem.functions}
-    for kind, calls, size in (("forward", forwards, problem.forward_bytes), ("backward", backwards, problem.backward_bytes)):
-        source = torch.randn(size // 8, generator=generator, device=device)
-        target = torch.empty_like(source)
-        times = interleaved({"copy": functools.partial(target.copy_, source), **calls}, device, seconds)
-        copy_rate = size / times["copy"][0] / 1e6
-        for name, (median, spread) in times.items():
-            is_ours, rate = name == name_of_ours, size / median / 1e6
-            report.add(Row(
-                f"{problem.operation}, {kind}", name, problem.shape, dtype, median, spread, gbytes_per_second=rate,
-                of_copy=rate / copy_rate, host_microseconds=host_microseconds(calls[name], device) if name in calls else None,
-                error=errors[0] if is_ours else None, eager_error=errors[1] if is_ours else None,
-            ))  # fmt: skip
-
-
-def _streaming_errors(problem: Streaming, upstream: list[torch.Tensor]) -> tuple[float, float]:
-    """(ours, the reference's in the inputs' dtype): the largest relative error of outputs and gradients against fp64."""
-
-    def results(function: Callable[..., Any], dtype: torch.dtype | None) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in problem.inputs]
-        made = _tuple(function(*leaves))
-        d = [u.to(y.dtype) for u, y in zip(upstream, made, strict=True)]
-        return [*made, *torch.autograd.grad(made, leaves, d)]
-
-    truth = results(problem.reference, torch.float64)
-    pairs = (results(next(iter(problem.functions.values())), None), results(problem.reference, None))
-    ours, eager = (max(relative_error(a, t) for a, t in zip(made, truth, strict=True)) for made in pairs)
-    return ours, eager
-
-
-def _tuple(x: Any) -> tuple[torch.Tensor, ...]:
-    return x if isinstance(x, tuple) else (x,)
 
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:

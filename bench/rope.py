@@ -8,15 +8,14 @@ Expect  a row per candidate, direction and shape of T tokens, N query heads, K k
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels.rope import rope, rope_reference, rope_tables
-from .measure import RESULTS, Report, Streaming, absent, add_streaming_rows
+from .measure import absent
+from .streaming import Streaming, run
 
 
 def shapes(is_gpu: bool, is_quick: bool) -> list[tuple[int, int, int, int]]:
@@ -73,17 +72,5 @@ def liger(cos: torch.Tensor, sin: torch.Tensor) -> Callable[..., Any]:
     return call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, a fifth of a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("rope", arguments.out, device)
-    for sizes in shapes(device.type == "cuda", arguments.quick):
-        for problem in problems(*sizes, device):
-            add_streaming_rows(problem, report, 0.2 if arguments.quick else 1.0)
-
-
 if __name__ == "__main__":
-    main()
+    run("rope", __doc__, shapes, problems)

@@ -8,17 +8,16 @@ Expect  a row per candidate, direction and shape of R rows and F columns. Bytes 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels.swiglu import TABLE, swiglu, swiglu_reference
-from .measure import RESULTS, Report, Streaming, absent, add_streaming_rows
+from .measure import absent
+from .streaming import Streaming, run
 
 
 def shapes(is_gpu: bool, is_quick: bool) -> list[tuple[int, int]]:
@@ -60,17 +59,5 @@ def problems(rows: int, columns: int, device: torch.device) -> list[Streaming]:
     return [Streaming("swiglu", shape, [gate, up], functions(device), swiglu_reference, 3 * size, 5 * size)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, a fifth of a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("swiglu", arguments.out, device)
-    for sizes in shapes(device.type == "cuda", arguments.quick):
-        for problem in problems(*sizes, device):
-            add_streaming_rows(problem, report, 0.2 if arguments.quick else 1.0)
-
-
 if __name__ == "__main__":
-    main()
+    run("swiglu", __doc__, shapes, problems)

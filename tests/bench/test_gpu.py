@@ -51,6 +51,6 @@ def test_every_bench_runs_on_the_cpu_and_leaves_its_rows(name, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "cpu" / f"{name}.json").read_text())
     assert {"card", "driver", "torch", "triton", "commit", "date"} <= set(result["machine"])
-    assert len(result["rows"]) >= 6 and all(row["milliseconds"] > 0 for row in result["rows"])
+    assert len(result["rows"]) >= 3 and all(row["milliseconds"] > 0 for row in result["rows"])
     for row in result["rows"]:
         assert row["error"] is None or row["error"] < 1e-4

@@ -1,6 +1,21 @@
 """The house's rule for the error of a kernel, per output and per gradient, judged against fp64."""
 
+from pathlib import Path
+
 import torch
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def far_apart(near: torch.Tensor, strides: tuple[int, ...], folder: Path) -> torch.Tensor:
+    """A copy whose rows lie further apart than 32 bits can count, in a sparse file."""
+    size = 1 + sum((length - 1) * stride for length, stride in zip(near.shape, strides, strict=True))
+    path = folder / "sparse.bin"
+    with path.open("wb") as file:
+        file.truncate(4 * size)
+    return torch.from_file(str(path), shared=True, size=size).as_strided(near.shape, strides).copy_(near)
 
 
 def results(function, tensors, dtype=None, **options):

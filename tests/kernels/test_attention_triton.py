@@ -1,12 +1,9 @@
 """Attention's Triton kernels: in the interpreter against the fp64 reference, and the machine code that they become."""
 
-import json
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
 from attention_cases import CASES, Case, boundaries, check, outputs_and_gradients, random
+from machine_code import check_row, for_every_row
 
 from warpline.kernels.attention import attention
 
@@ -14,9 +11,6 @@ pytest.importorskip("triton")
 from warpline.kernels import attention_triton as forwards
 from warpline.kernels import attention_triton_backward as backwards
 from warpline.kernels.attention_triton import Call, Tile
-
-RESOURCES = json.loads((Path(__file__).parent / "resources.json").read_text())
-ARCHITECTURES = (80, 90, 100)
 
 
 def set_tiles(monkeypatch, queries, keys):
@@ -302,19 +296,12 @@ def machine_code(row: str, architecture: int, compiled) -> dict:
     return compiled(kernel, types, constants, architecture, divisible, num_warps=tile.warps, num_stages=tile.stages)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(version("triton") != RESOURCES["triton"], reason="the table of resources is of another Triton")
-@pytest.mark.parametrize("row", RESOURCES["attention"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@for_every_row("attention")
 def test_machine_code_uses_no_more_than_the_table_says(row, architecture, compiled):
     used = machine_code(row, architecture, compiled)
-    code, allowed = used.pop("code"), RESOURCES["attention"][row][f"sm_{architecture}"]
-    assert all(used[key] <= allowed[key] for key in allowed), f"uses {used}, the table allows {allowed}"
-    assert used["registers"] > 16, "a kernel that the compiler could not fit only traps"
-    is_16_bit = "fp32" not in row
+    code, is_16_bit = check_row(used, "attention", row, architecture), "fp32" not in row
     if architecture == 90 and is_16_bit and row.startswith("forward"):
         assert used["stack"] == 0, "a spill"
     if is_16_bit and not row.startswith("delta"):
         products = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}[architecture]
         assert any(product in code for product in products), "products without tensor cores"
-    assert not any(word in code for word in ("DADD", "DMUL", "DFMA")), "arithmetic in fp64"

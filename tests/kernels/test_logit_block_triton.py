@@ -1,11 +1,9 @@
 """What only the Triton steps have: gradients in half the product's memory, launches, and the machine code they become."""
 
-import json
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
+from error_rule import far_apart, random
+from machine_code import check_row, for_every_row
 
 from warpline.kernels.logit_block import (
     Coefficient,
@@ -20,13 +18,6 @@ from warpline.kernels.logit_block import (
 
 pytest.importorskip("triton")
 from warpline.kernels import logit_block_triton as module
-
-RESOURCES = json.loads((Path(__file__).parent / "resources.json").read_text())
-ARCHITECTURES = (80, 90, 100)
-
-
-def random(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def table_of(product):
@@ -88,14 +79,8 @@ def test_double_precision_is_refused_with_the_remedy():
 @pytest.mark.interpreter_only
 def test_rows_further_apart_than_32_bits_can_count_are_reached(tmp_path):
     """Three rows 2^31 numbers apart, in a sparse file of 16 GiB of which only the rows exist."""
-    stride, width = 2**31, 5
-    path = tmp_path / "sparse.bin"
-    with path.open("wb") as file:
-        file.truncate(4 * (2 * stride + width))
-    memory = torch.from_file(str(path), shared=True, size=2 * stride + width)
-    product = memory.as_strided((3, width), (stride, 1))
-    product.copy_(random(3, width, seed=1))
-    near = product.clone()
+    near = random(3, 5, seed=1)
+    product = far_apart(near, (2**31, 1), tmp_path)
     steps, target = logit_block(torch.device("cpu")), Targets(torch.tensor([[1], [4], [2]]), 0)
     found = []
     for values in (product, near):
@@ -149,17 +134,11 @@ def _type(argument: str) -> str:
     return "fp32" if argument.endswith(("softcap", "temperature", "temp")) or argument.startswith("log_") else "i32"
 
 
-@pytest.mark.skipif(version("triton") != RESOURCES["triton"], reason="the table of resources is of another Triton")
-@pytest.mark.parametrize("name", RESOURCES["logit_block"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_machine_code_uses_no_more_than_the_table_says(name, architecture, compiled):
-    kernel, constants = _constants(name)
+@for_every_row("logit_block")
+def test_machine_code_uses_no_more_than_the_table_says(row, architecture, compiled):
+    kernel, constants = _constants(row)
     divisible = tuple(argument for argument in kernel.arg_names if argument.endswith("stride") or argument == "width")
     types = {argument: _type(argument) for argument in kernel.arg_names}
     used = compiled(kernel, types, constants, architecture, divisible, num_warps=module.NUM_WARPS)
-    code = used.pop("code")
-    allowed = RESOURCES["logit_block"][name][f"sm_{architecture}"]
-    assert all(used[key] <= allowed[key] for key in allowed), f"uses {used}, the table allows {allowed}"
+    assert "LDG.E.128" in check_row(used, "logit_block", row, architecture), "loads of 16 bytes"
     assert used["stack"] == 0, "a spill"
-    assert "LDG.E.128" in code, "loads are 16 bytes wide"
-    assert not any(word in code for word in ("DADD", "DMUL", "DFMA")), "no arithmetic in fp64"

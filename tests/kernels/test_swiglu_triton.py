@@ -1,23 +1,14 @@
 """swiglu's Triton kernels: in the interpreter against the fp64 reference, and the machine code that they become."""
 
-import json
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
-from error_rule import check, results
+from error_rule import check, far_apart, random, results
+from machine_code import check_row, for_every_row
 
 from warpline.kernels.swiglu import swiglu, swiglu_reference
 
 pytest.importorskip("triton")
 from warpline.kernels import swiglu_triton as kernels
-
-RESOURCES = json.loads((Path(__file__).parent / "resources.json").read_text())
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture
@@ -57,11 +48,7 @@ class TestInTheInterpreter:
         assert y.tolist() == [0, 0, 200, 6e4] and gate.grad.tolist() == [0, 0, 2, 2]
 
     def test_rows_further_apart_than_32_bits_can_count_are_reached(self, tmp_path):
-        path = tmp_path / "sparse.bin"
-        with path.open("wb") as file:
-            file.truncate(4 * (2 * 2**30 + 2**20))
-        far = torch.from_file(str(path), shared=True, size=2 * 2**30 + 2**20).as_strided((3, 8), (2**30, 1))
-        far.copy_(random(3, 8, seed=0))
+        far = far_apart(random(3, 8, seed=0), (2**30, 1), tmp_path)
         runs = [results(swiglu, (x, x)) for x in (far, far.contiguous())]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -117,13 +104,8 @@ def machine_code(row: str, architecture: int, compiled) -> dict:
     return compiled(kernel, types, constants, architecture, divisible, num_warps=kernels.NUM_WARPS)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(version("triton") != RESOURCES["triton"], reason="the table of resources is of another Triton")
-@pytest.mark.parametrize("row", RESOURCES["swiglu"])
-@pytest.mark.parametrize("architecture", (80, 90, 100))
+@for_every_row("swiglu")
 def test_machine_code_uses_no_more_than_the_table_says(row, architecture, compiled):
     used = machine_code(row, architecture, compiled)
-    code, allowed = used.pop("code"), RESOURCES["swiglu"][row][f"sm_{architecture}"]
-    assert all(used[key] <= allowed[key] for key in allowed), f"uses {used}, the table allows {allowed}"
-    assert used["stack"] == 0 and "LDG.E.128" in code, "loads of 16 bytes"
-    assert not any(word in code for word in ("DADD", "DMUL", "DFMA")), "arithmetic in fp64"
+    assert "LDG.E.128" in check_row(used, "swiglu", row, architecture), "loads of 16 bytes"
+    assert used["stack"] == 0, "a spill"
