@@ -8,8 +8,8 @@
   jsd tends to 0 as β tends to 0 or 1, so the ends are refused rather than read as one of the KLs.
   Divergences from a cached top k are in `linear_topk`, and importable from here.
 **Shapes** hidden [T, D], weight [V, D], teacher_hidden [T, U], teacher_weight [V, U] → divergence [T].
-**Dtypes** As in linear_logprob: products in each side's hidden dtype, accumulated in fp32; the rest fp32, or fp64
-  if any input is fp64.
+**Dtypes** As in linear_logprob: products in `product_dtype` (default: each side's hidden dtype), accumulated in fp32; the rest
+  fp32, or fp64 if any input is fp64.
 **Traffic** 2TV(D + U) FLOPs forward; 2TV(D + U) + 4TVD backward, which makes both sides' logits again. Memory: see
   `vocabulary_sweep`; the jsd alone keeps logits, of both sides, in its forward.
 **Source** GKD, arXiv 2306.13649 (the jsd; its reference weighting); MiniLLM, arXiv 2306.08543 (reverse KL).
@@ -94,6 +94,7 @@ class Call(NamedTuple):
     temperature: float
     softcap: float | None
     teacher_softcap: float | None
+    product_dtype: torch.dtype | None
     shard: Shard
     reduce_d_hidden: bool = True
 
@@ -125,8 +126,8 @@ class _Pair:
         self.like = self.hidden_XD.new_empty(0, dtype=self.student.form.statistic_dtype)
 
     def _head(self, side: tuple[Tensor, Tensor, Tensor | None], softcap: float | None) -> Head:
-        """Multiplies in its own hidden states' dtype; both sides' statistics have the wider precision."""
-        form = Form.of((*side, *self.inputs[:6]), self.call.temperature, softcap, None)
+        """Multiplies in its own hidden states' dtype, if no other is asked for; both sides' statistics have the wider one."""
+        form = Form.of((*side, *self.inputs[:6]), self.call.temperature, softcap, self.call.product_dtype)
         return Head(*valid_rows(side[1], side[2], self.call.shard), form)
 
     def kept(self, x_T: Tensor) -> Tensor:
@@ -255,19 +256,20 @@ def _backward(
 
 
 def _call_of(kind: str, beta: float, options: tuple) -> Call:
-    temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden = options
+    temperature, softcap, teacher_softcap, product_dtype, vocab_start, vocab_size, group_name, reduce_d_hidden = options
     shard = Shard(vocab_start, vocab_size, group_name)
-    return Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, shard, reduce_d_hidden)
+    return Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, product_dtype, shard, reduce_d_hidden)
 
 
 @torch.library.custom_op("warpline::linear_divergence", mutates_args=())
 def _divergence_op(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher_hidden_TU: Tensor, teacher_weight_VU: Tensor,
     teacher_bias_V: Tensor | None, mask_T: Tensor | None, kind: str, beta: float, temperature: float, softcap: float | None,
-    teacher_softcap: float | None, vocab_start: int, vocab_size: int, group_name: str | None, reduce_d_hidden: bool,
+    teacher_softcap: float | None, product_dtype: torch.dtype | None, vocab_start: int, vocab_size: int,
+    group_name: str | None, reduce_d_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T)
-    options = (temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden)
+    options = (temperature, softcap, teacher_softcap, product_dtype, vocab_start, vocab_size, group_name, reduce_d_hidden)
     return _padded(_forward(inputs, _call_of(kind, beta, options)), inputs)
 
 
@@ -289,10 +291,10 @@ def _divergence_backward_op(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, teacher_hidden_TU: Tensor, teacher_weight_VU: Tensor,
     teacher_bias_V: Tensor | None, mask_T: Tensor | None, student_table: Tensor, teacher_table: Tensor, d_value_T: Tensor,
     needed: list[bool], kind: str, beta: float, temperature: float, softcap: float | None, teacher_softcap: float | None,
-    vocab_start: int, vocab_size: int, group_name: str | None, reduce_d_hidden: bool,
+    product_dtype: torch.dtype | None, vocab_start: int, vocab_size: int, group_name: str | None, reduce_d_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = Inputs(hidden_TD, weight_VD, bias_V, teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, mask_T)
-    options = (temperature, softcap, teacher_softcap, vocab_start, vocab_size, group_name, reduce_d_hidden)
+    options = (temperature, softcap, teacher_softcap, product_dtype, vocab_start, vocab_size, group_name, reduce_d_hidden)
     call = _call_of(kind, beta, options)
     num_kept = len(_Pair(inputs, call).hidden_XD)
     tables = (student_table[:, :num_kept], teacher_table[:, :num_kept])
@@ -361,6 +363,7 @@ def linear_divergence(
     softcap: float | None = None,
     teacher_bias_V: Tensor | None = None,
     teacher_softcap: float | None = None,
+    product_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -375,8 +378,8 @@ def linear_divergence(
         raise ValueError(f"kind is {kind!r}; expected one of {list(KINDS)}")
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(f"beta is {beta}; jsd expects 0 < beta < 1: at the ends use kind='forward_kl' or 'reverse_kl'")
-    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
-    check_head(teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, temperature, teacher_softcap)
+    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap, product_dtype)
+    check_head(teacher_hidden_TU, teacher_weight_VU, teacher_bias_V, temperature, teacher_softcap, product_dtype)
     if len(hidden_TD) != len(teacher_hidden_TU) or len(weight_VD) != len(teacher_weight_VU):
         sizes, teacher_sizes = (len(hidden_TD), len(weight_VD)), (len(teacher_hidden_TU), len(teacher_weight_VU))
         raise ValueError(f"the teacher has (T, V) = {teacher_sizes}; expected the student's {sizes}: share the tokenizer")
@@ -386,7 +389,7 @@ def linear_divergence(
     tensors = (hidden_TD, weight_VD, bias_V, *teacher, mask_T)
     beta = beta if kind == "jsd" else 0.5
     if torch.compiler.is_compiling():
-        options = (temperature, softcap, teacher_softcap, *shard, reduce_d_hidden)
+        options = (temperature, softcap, teacher_softcap, product_dtype, *shard, reduce_d_hidden)
         return _divergence_op(*tensors, kind, beta, *options)[0]
-    call = Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, shard, reduce_d_hidden)
+    call = Call(Divergence(kind, beta), temperature, softcap, teacher_softcap, product_dtype, shard, reduce_d_hidden)
     return _LinearDivergence.apply(*tensors, call)

@@ -57,10 +57,10 @@ def linear_topk_reference(
 @torch.library.custom_op("warpline::linear_topk", mutates_args=())
 def _topk_op(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, k: int, temperature: float, softcap: float | None,
-    vocab_start: int, vocab_size: int, group_name: str | None,
+    product_dtype: torch.dtype | None, vocab_start: int, vocab_size: int, group_name: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shard = Shard(vocab_start, vocab_size, group_name)
-    form = Form.of((hidden_TD, weight_VD, bias_V), temperature, softcap, None)
+    form = Form.of((hidden_TD, weight_VD, bias_V), temperature, softcap, product_dtype)
     head, steps = Head(*valid_rows(weight_VD, bias_V, shard), form), logit_block(hidden_TD.device)
     like = hidden_TD.new_empty(0, dtype=form.statistic_dtype)
     statistics, none_T0 = new_statistics(len(hidden_TD), 1, like)
@@ -100,6 +100,7 @@ def linear_topk(
     temperature: float = 1.0,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    product_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -109,11 +110,11 @@ def linear_topk(
     Makes the caches of `linear_topk_divergence`: a constant, without gradient. Sharding as in `linear_logprob`; its ranks
     exchange their candidates too.
     """
-    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap)
+    check_head(hidden_TD, weight_VD, bias_V, temperature, softcap, product_dtype)
     shard = shard_of(weight_VD, group, vocab_start, vocab_size)
     if not isinstance(k, int) or not 1 <= k <= shard.size:
         raise ValueError(f"k is {k!r}; expected an int from 1 to the vocabulary's {shard.size}")
-    return _topk_op(hidden_TD, weight_VD, bias_V, k, temperature, softcap, *shard)
+    return _topk_op(hidden_TD, weight_VD, bias_V, k, temperature, softcap, product_dtype, *shard)
 
 
 def _with_bucket(logp_TC: Tensor) -> Tensor:
@@ -215,6 +216,7 @@ def linear_topk_divergence(
     mask_T: Tensor | None = None,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    product_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
@@ -232,7 +234,8 @@ def linear_topk_divergence(
     ids_TC = topk_ids_TC if mask_T is None else topk_ids_TC.masked_fill(~mask_T[:, None], _IGNORED)
     stats = linear_logprob(
         hidden_TD, weight_VD, ids_TC, bias_V=bias_V, temperature=temperature, softcap=softcap, ignore_index=_IGNORED,
-        group=group, vocab_start=vocab_start, vocab_size=vocab_size, reduce_d_hidden=reduce_d_hidden,
+        product_dtype=product_dtype, group=group, vocab_start=vocab_start, vocab_size=vocab_size,
+        reduce_d_hidden=reduce_d_hidden,
     )  # fmt: skip
     divergence_T = _topk_divergence(stats.logprob_T, ids_TC, topk_logprobs_TC, kind, tail)
     return divergence_T.masked_fill((ids_TC == _IGNORED).all(1), 0.0)

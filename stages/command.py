@@ -165,7 +165,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a Hugging Face folder (Llama or Qwen 3)")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a Hugging Face folder (Llama, Qwen 3, Mistral, Gemma)")],
     run: Annotated[Path, typer.Option("--run", metavar="RUN", help="the run folder to import into")],
 ) -> None:
     """Bring a Hugging Face folder into a run, checked.

@@ -17,14 +17,21 @@ from ..data.conversation import read_supervised
 from ..data.packing import PackedBatch
 from ..data.tokenizer import ChatTokenizer
 from ..kernels.linear_divergence import linear_divergence
-from ..kernels.linear_logprob import linear_cross_entropy
 from ..models.decoder import Decoder, DecoderConfig, DecoderShape
 from ..parallel.mesh import Mesh
 from .parts.checkpoint import load_start
 from .parts.config import BadConfig, ParallelConfig
 from .parts.run import RunFolder
 from .parts.session import Session, StopSignal, seed_of
-from .parts.tokens import microbatches, num_targets, num_tokens, on_batch, sample_order
+from .parts.tokens import (
+    head_options,
+    microbatches,
+    num_targets,
+    num_tokens,
+    on_batch,
+    sample_order,
+    summed_cross_entropy,
+)
 from .pretrain import new_decoder
 from .sft import SftConfig, TextMix
 
@@ -107,10 +114,11 @@ def _losses(config: DistillConfig, student: Decoder, teacher: Decoder, batch: Pa
                 teacher_hidden_TU = on_batch(teacher, batch, lambda hidden, weight, target: hidden)
             divergence = linear_divergence(
                 hidden_TD, weight_VD, teacher_hidden_TU, teacher.output_weight, kind=config.kind, beta=config.beta,
-                temperature=config.temperature, mask_T=target_T >= 0,
+                temperature=config.temperature, mask_T=target_T >= 0, teacher_softcap=teacher.config.logit_softcap,
+                **head_options(student),
             ).sum()  # fmt: skip
         if config.label_weight:
-            cross_entropy = linear_cross_entropy(hidden_TD, weight_VD, target_T, reduction="sum")
+            cross_entropy = summed_cross_entropy(hidden_TD, weight_VD, target_T, **head_options(student))
         return divergence, cross_entropy
 
     return on_batch(student, batch, head)
@@ -139,7 +147,8 @@ def shallow_copy(teacher: Decoder, layers: list[int]) -> Decoder:
         raise BadConfig(
             f"student_layers names layer {max(layers)}; the teacher has layers 0 to {teacher.config.num_layers - 1}"
         )
-    shape = teacher.config.model_dump() | {"num_layers": len(layers)}
+    windows = [teacher.config.window(layer) or 0 for layer in layers]
+    shape = teacher.config.model_dump() | {"num_layers": len(layers), "windows": windows}
     student = Decoder(DecoderConfig(**shape)).to(teacher.output_weight.device)
     tensors = teacher.state_dict()
     for name in student.state_dict():

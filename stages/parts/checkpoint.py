@@ -41,7 +41,7 @@ def save_checkpoint(
     temporary = folder / f"step-{step}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    huggingface.save(decoder, temporary, tokenizer)
+    huggingface.save(decoder, temporary, tokenizer, own_form=True)
     save_file(_optimizer_tensors(decoder, optimizer), temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", state)
     write_manifest(temporary)

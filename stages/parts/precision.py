@@ -22,3 +22,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def product_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast would round a product's operands to here; None where it is off, which leaves them as they are."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

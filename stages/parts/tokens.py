@@ -1,6 +1,8 @@
 """From packed batches to numbers per token, and from a step's samples to batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from ...data.packing import PackedBatch, Sample, pack, plan_batches
 from ...kernels.linear_logprob import TokenStats, linear_cross_entropy, linear_logprob
 from ...models.decoder import Decoder
+from .precision import product_dtype
 from .session import Session
 
 
@@ -24,7 +27,13 @@ def on_batch(decoder: Decoder, batch: PackedBatch, head: Callable[[Tensor, Tenso
 
 def token_stats(decoder: Decoder, batch: PackedBatch, **options) -> TokenStats:
     """`linear_logprob` of every supervised token of the batch; 0 where `target_T` is ignored."""
+    options |= head_options(decoder)
     return on_batch(decoder, batch, lambda hidden, weight, target: linear_logprob(hidden, weight, target, **options))
+
+
+def head_options(decoder: Decoder) -> dict[str, Any]:
+    """How this decoder's hidden states become logits: its softcap, and the products in the surrounding autocast's dtype."""
+    return {"softcap": decoder.config.logit_softcap, "product_dtype": product_dtype(decoder.embed_tokens.weight.device)}
 
 
 def backward_cross_entropy(session: Session, batches: Sequence[PackedBatch]) -> tuple[float, float]:
@@ -36,14 +45,14 @@ def backward_cross_entropy(session: Session, batches: Sequence[PackedBatch]) -> 
     loss = 0.0
     for batch in batches:
         with session.autocast():
-            summed = on_batch(session.decoder, batch, _summed_cross_entropy)
+            summed = on_batch(session.decoder, batch, partial(summed_cross_entropy, **head_options(session.decoder)))
         (summed / counted).backward()
         loss += summed.item() / counted
     return session.mesh.sum([loss])[0], read
 
 
-def _summed_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden_TD, weight_VD, target_T, reduction="sum")
+def summed_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, **options) -> Tensor:
+    return linear_cross_entropy(hidden_TD, weight_VD, target_T, reduction="sum", **options)
 
 
 def num_targets(batches: Sequence[PackedBatch]) -> int:

@@ -226,6 +226,17 @@ def test_noncontiguous_inputs_and_autocast_change_nothing():
         same(a, b, 1e-6)
 
 
+def test_products_in_another_dtype_are_those_of_rounded_operands():
+    student, teacher = make(dtype=torch.float32)
+    rounded = [[x.detach().bfloat16().float() for x in side[:2]] for side in (student, teacher)]
+    mine = linear_divergence(*student[:2], *teacher[:2], product_dtype=torch.bfloat16)
+    assert torch.equal(mine, linear_divergence(*rounded[0], *rounded[1]))
+    compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
+    assert torch.equal(mine, compiled(*student[:2], *teacher[:2], product_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"product_dtype torch.int32; expected fp16"):
+        linear_divergence(*student[:2], *teacher[:2], product_dtype=torch.int32)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_biases_with_gaps_are_read_where_they_are(kind):

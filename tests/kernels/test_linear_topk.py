@@ -108,6 +108,13 @@ def test_the_bucket_of_a_peaked_teacher_is_as_exact_as_its_cache(dtype):
     assert abs(float(value_T) - expected) <= 10 * torch.finfo(dtype).eps * expected
 
 
+def test_products_in_another_dtype_are_those_of_rounded_operands():
+    hidden, weight = (x.detach().float() for x in make()[0][:2])
+    rounded = (x.bfloat16().float() for x in (hidden, weight))
+    mine, expected = linear_topk(hidden, weight, 3, product_dtype=torch.bfloat16), linear_topk(*rounded, 3)
+    assert torch.equal(mine[0], expected[0]) and torch.equal(mine[1], expected[1])
+
+
 def test_a_cache_in_fp64_makes_the_divergence_fp64():
     ids_TC, logprobs_TC = torch.tensor([[2, 4]]), torch.tensor([[-0.5, -1.5]], dtype=torch.float64)
     assert linear_topk_divergence(torch.zeros(1, 3), torch.zeros(5, 3), ids_TC, logprobs_TC).dtype == torch.float64

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from warpline.models.decoder import Decoder, DecoderShape
-from warpline.stages.distill import shallow_copy
+from warpline.data.packing import Sample, pack
+from warpline.models.decoder import Decoder, DecoderConfig, DecoderShape
+from warpline.stages.distill import DistillConfig, _losses, shallow_copy
 from warpline.stages.parts.checkpoint import load_start
 from warpline.stages.parts.config import BadConfig
 
@@ -46,6 +47,26 @@ def test_a_shallow_copy_holds_the_chosen_layers(tiny_decoder):
     assert torch.equal(student.embed_tokens.weight, tiny_decoder.embed_tokens.weight)
     with pytest.raises(BadConfig, match="names layer 2; the teacher has layers 0 to 1"):
         shallow_copy(tiny_decoder, [2])
+
+
+def test_a_shallow_copy_keeps_each_layers_window(tiny_decoder):
+    shape = tiny_decoder.config.model_dump() | {"num_layers": 3, "windows": (4, 0)}
+    student = shallow_copy(Decoder(DecoderConfig(**shape)), [1, 2])
+    assert [student.config.window(layer) for layer in range(2)] == [None, 4]
+
+
+def test_both_sides_logits_are_capped(tiny_decoder):
+    """A capped teacher's copy does not diverge from it; its copy without the cap does."""
+    capped = tiny_decoder.config.model_copy(update={"logit_softcap": 0.3})
+    batch = pack([Sample([1, 2, 3, 4], [False, True, True, True], "test")])
+    config = DistillConfig(steps=1, tokens_per_step=8, optimizer={"learning_rate": 1.0})
+    divergences = []
+    for student_config in (capped, tiny_decoder.config):
+        decoders = [Decoder(c).double() for c in (student_config, capped)]
+        for decoder in decoders:
+            decoder.load_state_dict({name: 5 * x for name, x in tiny_decoder.state_dict().items()})
+        divergences.append(_losses(config, *decoders, batch)[0].item())
+    assert abs(divergences[0]) < 1e-12 < 1e-3 < divergences[1]
 
 
 @pytest.mark.parametrize("changes", [{"student_layers": None}, {"model": SHAPE}])

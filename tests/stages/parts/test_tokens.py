@@ -1,18 +1,23 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from warpline.data.packing import Sample, pack
+from warpline.models.decoder import Decoder
 from warpline.stages.parts.tokens import (
     completion_sample,
     completion_values,
+    head_options,
     microbatches,
     num_targets,
     num_tokens,
+    on_batch,
     place_values,
     sample_order,
+    summed_cross_entropy,
     token_stats,
 )
 
@@ -35,6 +40,23 @@ def test_sample_order_visits_every_sample_once_per_epoch_and_can_start_anywhere(
     seen = [index for step in order for index in step]
     assert sorted(seen[:7]) == list(range(7)) and seen[:7] != seen[7:14]
     assert list(itertools.islice(sample_order(lengths, 10, seed=1, first_step=5), 7)) == order[5:]
+
+
+def test_a_capped_models_log_probabilities_are_of_its_capped_logits(tiny_decoder):
+    decoder = Decoder(tiny_decoder.config.model_copy(update={"logit_softcap": 0.3})).double()
+    decoder.load_state_dict({name: 5 * x for name, x in tiny_decoder.state_dict().items()})
+    batch = pack([completion_sample([5, 6], [7, 8])])
+    logits = F.linear(decoder(batch.tokens_T[None])[0], decoder.output_weight)
+    expected = (0.3 * torch.tanh(logits / 0.3)).log_softmax(-1)[[1, 2], [7, 8]]
+    torch.testing.assert_close(completion_values(batch, token_stats(decoder, batch).logprob_T), expected)
+    loss = on_batch(decoder, batch, partial(summed_cross_entropy, **head_options(decoder)))
+    torch.testing.assert_close(loss, -expected.sum())
+
+
+def test_the_heads_products_are_those_of_autocast(tiny_decoder):
+    assert head_options(tiny_decoder)["product_dtype"] is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head_options(tiny_decoder)["product_dtype"] == torch.bfloat16
 
 
 def test_token_stats_are_the_log_softmax_of_separate_forwards(tiny_decoder):
