@@ -92,7 +92,8 @@ class _SequenceSum(torch.autograd.Function):
         sequence_T = torch.repeat_interleave(boundaries.diff(), output_size=num_used)
         ctx.save_for_backward(values_T, weight_T, sequence_T)
         weighted_T = values_T[:num_used].to(dtype) * weight_T[:num_used].to(dtype)
-        return weighted_T.new_zeros(boundaries.numel() - 1).index_add_(0, sequence_T, weighted_T)
+        # Not index_add, whose CUDA kernel adds atomically, in any order.
+        return torch.segment_reduce(weighted_T, "sum", lengths=boundaries.diff(), unsafe=True, initial=0)
 
     @staticmethod
     @once_differentiable
@@ -126,24 +127,19 @@ class _SumOverRanks(torch.autograd.Function):
         return d_total_B, None
 
 
-# Dispatch by device: the Triton kernel will replace the entry of "cuda".
-_IMPLEMENTATIONS = {"cpu": _SequenceSum.apply, "cuda": _SequenceSum.apply}
-
-
 def sequence_sum(
     values_T: Tensor, cu_seqlens: Tensor, *, weight_T: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Per-sequence sums, differentiable in values and weights; with `group`, of all its ranks' parts of each sequence (a
-    rank without a part has an empty sequence there). On CPU, and on CUDA until the Triton kernel, an indexed sum; it
-    reads the boundaries on the host."""
+    rank without a part has an empty sequence there). On CPU and CUDA torch's segmented sum; it reads the boundaries on the
+    host."""
     num_tokens = values_T.numel()
     if values_T.dim() != 1 or (weight_T is not None and weight_T.shape != values_T.shape):
         received = f"values {list(values_T.shape)}, weights {None if weight_T is None else list(weight_T.shape)}"
         raise ValueError(f"sequence_sum: received {received}, expected one shape [T]; flatten the tokens")
     num_used = check_cu_seqlens(cu_seqlens, num_tokens)
-    if values_T.device.type not in _IMPLEMENTATIONS:
-        expected = ", ".join(_IMPLEMENTATIONS)
-        raise ValueError(f"sequence_sum: received device {values_T.device.type}, expected one of {expected}; move it")
+    if values_T.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"sequence_sum: received device {values_T.device.type}, expected one of cpu, cuda; move it")
     weight_T = values_T.new_ones(()).expand(num_tokens) if weight_T is None else weight_T
-    sum_B = _IMPLEMENTATIONS[values_T.device.type](values_T, weight_T, cu_seqlens, num_used)
+    sum_B = _SequenceSum.apply(values_T, weight_T, cu_seqlens, num_used)
     return sum_B if group is None else _SumOverRanks.apply(sum_B, group)

@@ -18,6 +18,7 @@ from warpline.kernels.linear_logprob import (
     linear_logprob,
     linear_logprob_reference,
 )
+from warpline.kernels.sequence_sum import sequence_sum
 
 pytestmark = pytest.mark.gpu
 ALL = {"entropy": True, "argmax": True, "sum_p2": True, "mean_logit": True}
@@ -246,9 +247,40 @@ def test_more_logits_than_32_bits_can_count():
 
 def test_targets_outside_the_vocabulary_read_nothing_and_are_loud():
     problem = Problem(SHAPES[0], torch.bfloat16)
-    problem.target[10], problem.target[11] = 9001, -7
+    problem.target[10], problem.target[11], problem.target[12] = 9001, -7, -1
     stats = linear_logprob(problem.hidden, problem.weight, problem.target)
-    assert (stats.logprob_T[10:12] == -torch.inf).all() and stats.logprob_T[12:].isfinite().all()
+    assert (stats.logprob_T[10:13] == -torch.inf).all() and stats.logprob_T[13:].isfinite().all()
+
+
+def test_what_an_ignored_token_holds_does_not_matter():
+    problem = Problem(SHAPES[0], torch.bfloat16)
+    problem.hidden[problem.target == -100] = torch.nan
+    hidden, weight, bias = problem.inputs()
+    loss = linear_cross_entropy(hidden, weight, problem.target, bias_V=bias)
+    loss = loss + linear_logprob(hidden, weight, problem.target, bias_V=bias, entropy=True).entropy_T.sum()
+    mask_T = problem.target != -100
+    loss = loss + linear_divergence(hidden, weight, *problem.teacher, mask_T=mask_T).sum()
+    gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert loss.isfinite() and all(d.isfinite().all() for d in gradients) and (gradients[0][~mask_T] == 0).all()
+
+
+def test_small_upstream_gradients_survive_fp16():
+    problem = Problem(SHAPES[0], torch.float16)
+    hidden, weight, _ = problem.inputs()
+    gradients = [
+        torch.autograd.grad((linear_logprob(hidden, weight, problem.target).logprob_T * scale).sum(), (hidden, weight))
+        for scale in (1.0, 2.0**-10)
+    ]
+    for large, small in zip(*gradients, strict=True):
+        torch.testing.assert_close(small.float() * 2**10, large.float(), rtol=2e-3, atol=2.0**-13)
+
+
+def test_sums_of_sequences_have_the_same_bits_twice():
+    values_T = random(2**20, seed=0)
+    cu_seqlens = torch.arange(0, 2**20 + 1, 2**12, device="cuda")
+    once, again = (sequence_sum(values_T, cu_seqlens) for _ in range(2))
+    assert torch.equal(once, again)
+    torch.testing.assert_close(once.double(), values_T.double().view(-1, 2**12).sum(1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])
