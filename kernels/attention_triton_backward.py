@@ -267,15 +267,22 @@ def backward_queries_kernel(
 
 
 def backward(
-    saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], d_out: Tensor, d_lse: Tensor | None, call: Call
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    call: Call,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(d_q, d_k, d_v, d_sinks) from (q, k, v, sinks, out, lse) and the upstream gradients."""
+    """(d_q, d_k, d_v, d_sinks) from (q, k, v, sinks, out, lse) and the upstream gradients, in `dtype` (default: q's).
+
+    Where k and v are some of the keys that out and lse are of, these are the gradients' parts through them.
+    """
     q, k, v, sinks_N, out, lse = saved
     is_packed, num_heads, num_kv_heads = call.cu_q is not None, q.shape[-2], k.shape[-2]
     batch, num_queries = (1, q.shape[0]) if is_packed else (q.shape[0], q.shape[1])
     num_keys = k.shape[0] if is_packed else k.shape[1]
-    q, k, v, d_out = (with_unit_stride(x) for x in (q, k, v, d_out))
-    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v, d_out = (with_unit_stride(x) for x in (q, k, v, d_out.to(q.dtype)))
+    d_q, d_k, d_v = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta, shared = torch.empty_like(lse), constants(call, q, v)
     lse_strides = (0, num_queries) if is_packed else (num_heads * num_queries, num_queries)
     rows = Tile(ROWS_PER_DELTA, 0, 4, 1)

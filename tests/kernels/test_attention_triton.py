@@ -80,6 +80,11 @@ class TestInTheInterpreter:
         out, lse = attention(q, k, v, return_lse=True, out_dtype=torch.float32)
         assert out.dtype == lse.dtype == torch.float32 and (out != out.half()).any()
 
+    def test_gradients_of_an_output_wider_than_the_queries_are_as_good_as_eagers(self, monkeypatch):
+        for table in (forwards.FORWARD, backwards.BACKWARD_KEYS, backwards.BACKWARD_QUERIES):
+            monkeypatch.setitem(table, 64, Tile(16, 16, 4, 1))
+        check(CASES["causal"].inputs(torch.float16), {**CASES["causal"].keywords(), "out_dtype": torch.float32})
+
     def test_parts_of_the_keys_merge_to_the_whole(self, monkeypatch):
         """As ring attention does: keys 0–19 and 20–36 apart, outputs weighted by exp(lse)."""
         set_tiles(monkeypatch, 16, 16)
