@@ -258,3 +258,38 @@ def attention(
         request = Request(q, k, v, cu_seqlens, cu_seqlens_k, sinks_N, rule, offset, max_seqlen, deterministic)
         out, lse = choose(backend, request).run(request)
     return (out, lse) if return_lse else out
+
+
+def attention_part_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None = None, *,
+    causal: bool = True, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    query_offset: int | Tensor | None = None, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d_q, d_k, d_v) through some of the keys of an attention, in lse's dtype: sums over the parts are the whole gradients.
+
+    k, v and the keywords are one part's, as its `attention(..., return_lse=True, out_dtype=lse.dtype)` took them; out and lse
+    are the merged ones, sinks included, and d_out, d_lse their upstream gradients. No gradient of its own.
+    """
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    offset = _checked_offset(q, k, cu_seqlens, cu_seqlens_k, query_offset)
+    rule = Rule(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale, True, lse.dtype)
+    request = Request(q, k, v, cu_seqlens, cu_seqlens_k, None, rule, offset)
+    if runs_triton(q):
+        from .attention_triton_backward import backward
+
+        return backward((q, k, v, None, out, lse), d_out, d_lse, request.call(), lse.dtype)[:3]
+    inputs = [x.detach().to(lse.dtype).requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        part, part_lse = attention_torch(*request._replace(q=inputs[0], k=inputs[1], v=inputs[2]).torch_arguments())
+    d_out = d_out.to(lse.dtype)
+
+    def dot_with_d_out(x: Tensor) -> Tensor:
+        return (d_out * x).sum(-1).transpose(-1, -2)
+
+    # The part has the weight exp(part_lse − lse) in the whole, and its gradient is the whole's, seen through that.
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(part_lse.detach() - lse))
+    d_part_lse = weight * (dot_with_d_out(part.detach() - out) + (0.0 if d_lse is None else d_lse))
+    d_part = weight.transpose(-1, -2)[..., None] * d_out
+    gradients = torch.autograd.grad((part, part_lse), inputs, (d_part, d_part_lse))
+    return gradients[0], gradients[1], gradients[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from warpline.kernels import attention_torch as module
-from warpline.kernels.attention import attention, attention_reference
+from warpline.kernels.attention import attention, attention_part_backward, attention_reference
 
 
 def boundaries(*lengths):
@@ -220,3 +220,33 @@ def test_no_document_at_all_gives_zero_output_and_zero_gradient():
     out = attention(q, k, v, cu_seqlens=torch.tensor([0], dtype=torch.int32))
     out.sum().backward()
     assert (out == 0).all() and (q.grad == 0).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_gradients_through_parts_of_the_keys_add_up_to_the_whole(is_packed, interprets):
+    """As ring attention makes them: keys 0–19 and 20–36 of each of two sequences apart, sinks only in the merge."""
+    dtype = torch.float32 if interprets else torch.float64
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 37, heads, 8, generator=generator, dtype=torch.float64).to(dtype) for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64).to(dtype)
+    d_out = torch.randn(2, 37, 4, 8, generator=generator, dtype=torch.float64).to(dtype)
+    d_lse = torch.randn(2, 4, 37, generator=generator, dtype=torch.float64).to(dtype)
+    options = {"window": 18, "softcap": 2.0, "scale": 0.4}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*leaves, sinks_N=sinks, return_lse=True, **options)
+    expected = torch.autograd.grad((out, lse), leaves, (d_out, d_lse))
+    out, lse = out.detach(), lse.detach()
+    total_q, parts = torch.zeros_like(q), []
+    for a, b in ((0, 20), (20, 37)):
+        tensors, keywords = [q, k[:, a:b], v[:, a:b], out, lse, d_out, d_lse], {"query_offset": -a, **options}
+        if is_packed:
+            tensors = [x.transpose(0, 1).flatten(1, 2) if x.dim() == 3 else x.flatten(0, 1) for x in tensors]
+            bounds = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (37, b - a))
+            keywords |= dict(zip(("cu_seqlens", "cu_seqlens_k"), bounds, strict=True))
+        d_q, d_k, d_v = attention_part_backward(*tensors, **keywords)
+        total_q += d_q.view(q.shape)
+        parts.append([x.view(2, b - a, 2, 8) for x in (d_k, d_v)])
+    received = [total_q, *(torch.cat(x, 1) for x in zip(*parts, strict=True))]
+    for a, b in zip(received, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if interprets else 1e-12)
