@@ -21,6 +21,7 @@ from ..kernels.attention import attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope, rope_tables
 from ..kernels.swiglu import swiglu
+from ..parallel.context import ContextBatch
 from .rope_scaling import AnyRopeScaling, scaled_rope_tables
 
 
@@ -132,6 +133,7 @@ class _Context:
 
     rotary: dict[bool, tuple[Tensor, Tensor]]  # cos and sin of layers with a window (True) and without
     cu_seqlens: Tensor | None
+    shared: ContextBatch | None  # the row lies over a context group, and these are this rank's tokens
     cache: KeyValueCache | None
     position_BS: Tensor
     longest: int
@@ -183,6 +185,8 @@ class _Attention(nn.Module):
             offset_B = context.cache.length_B
             key, value = context.cache.append(self.layer, context.position_BS, key, value, context.longest)
             mixed = self._attend(query, key.to(query.dtype), value.to(query.dtype), query_offset=offset_B)
+        elif context.shared is not None:
+            mixed = context.shared.attend(query[0], key[0], value[0], sinks_N=self.sinks, **self.rule)[None]
         elif context.cu_seqlens is not None:
             mixed = self._attend(query[0], key[0], value[0], cu_seqlens=context.cu_seqlens)[None]
         else:
@@ -248,10 +252,11 @@ class _Layer(nn.Module):
 class Decoder(nn.Module):
     """A decoder of the shape that its config describes.
 
-    `decoder(tokens_BS, *, cu_seqlens=None, head=None, cache=None)` returns the final normed hidden states [B, S, D], or, with
-    `head`, what `head(hidden_BSD, output_weight_VD)` returns. `cu_seqlens` (int32 [num_documents + 1], from 0 to S) packs
-    documents into one row (B = 1): positions restart and attention ends at each boundary. With `cache`, row b's tokens
-    continue after its `length_B[b]` cached positions; the caller then adds to `length_B` how many of the S tokens were real.
+    `decoder(tokens_BS, *, cu_seqlens=None, head=None, cache=None, shared=None)` returns the final normed hidden states
+    [B, S, D], or, with `head`, what `head(hidden_BSD, output_weight_VD)` returns. `cu_seqlens` (int32 [num_documents + 1],
+    from 0 to S) packs documents into one row (B = 1): positions restart and attention ends at each boundary. With `cache`,
+    row b's tokens continue after its `length_B[b]` cached positions; the caller then adds to `length_B` how many of the S
+    tokens were real. With `shared` (context parallelism), the row's documents are its, and tokens and results are this rank's.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -291,8 +296,9 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         head: Callable | None = None,
         cache: KeyValueCache | None = None,
+        shared: ContextBatch | None = None,
     ):
-        context = self._context(tokens_BS, cu_seqlens, cache)
+        context = self._context(tokens_BS, cu_seqlens, cache, shared)
         branch, residual = None, self._embed(tokens_BS)
         for layer in self.layers:
             branch, residual = layer(branch, residual, context)
@@ -305,7 +311,9 @@ class Decoder(nn.Module):
             return embedded_BSD
         return embedded_BSD * torch.tensor(self.config.width**0.5, dtype=self.embed_tokens.weight.dtype)
 
-    def _context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, cache: KeyValueCache | None) -> _Context:
+    def _context(
+        self, tokens_BS: Tensor, cu_seqlens: Tensor | None, cache: KeyValueCache | None, shared: ContextBatch | None
+    ) -> _Context:
         if tokens_BS.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens_BS.shape)}; pass [B, S] (packed documents: [1, T])")
         num_sequences, num_positions = tokens_BS.shape
@@ -314,9 +322,13 @@ class Decoder(nn.Module):
                 f"cu_seqlens packs documents into one row without a cache; received {num_sequences} row(s) and "
                 f"{'no cache' if cache is None else 'a cache'}"
             )
+        if shared is not None and (num_sequences != 1 or cache is not None or cu_seqlens is not None):
+            raise ValueError(f"shared is one row without a cache or cu_seqlens of its own; received {num_sequences} row(s)")
         position_S = torch.arange(num_positions, device=tokens_BS.device)
         longest = num_positions
-        if cu_seqlens is not None:
+        if shared is not None:
+            position_BS = shared.position_T()[None]
+        elif cu_seqlens is not None:
             document_S = torch.searchsorted(cu_seqlens[1:].long(), position_S, right=True)
             start_S = cu_seqlens.long()[document_S.clamp(max=cu_seqlens.numel() - 1)]
             position_BS = (position_S - start_S)[None]
@@ -326,7 +338,7 @@ class Decoder(nn.Module):
             longest = cache.longest + num_positions
         else:
             position_BS = position_S[None].expand(num_sequences, -1)
-        return _Context(self._rotary(position_BS), cu_seqlens, cache, position_BS, longest)
+        return _Context(self._rotary(position_BS), cu_seqlens, shared, cache, position_BS, longest)
 
     def _rotary(self, position_BS: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
         config, is_fp64 = self.config, self.embed_tokens.weight.dtype == torch.float64

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -135,13 +135,25 @@ class ContextBatch:
     rank: int
     group: dist.ProcessGroup | None
     device: torch.device
+    kind: Literal["ring", "ulysses"] = "ring"
     plans: dict[int, list[Pair]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, bounds: Sequence[int], num_tokens: int, group: dist.ProcessGroup | None, device: torch.device) -> ContextBatch:
+    def of(
+        cls,
+        bounds: Sequence[int],
+        num_tokens: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        kind: Literal["ring", "ulysses"] = "ring",
+    ) -> ContextBatch:
         """`bounds` is cu_seqlens of the whole row, on the host; `group` None is one rank."""
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        return cls(Zigzag(tuple(bounds), num_tokens, size), rank, group, device)
+        return cls(Zigzag(tuple(bounds), num_tokens, size), rank, group, device, kind)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **rule: Any) -> Tensor:
+        """Attention of this rank's queries to the whole row, by the batch's kind."""
+        return {"ring": ring_attention, "ulysses": ulysses_attention}[self.kind](q, k, v, self, **rule)
 
     def local(self, x_T: Tensor) -> Tensor:
         """This rank's tokens of a row's [T, …], in the rank's order."""

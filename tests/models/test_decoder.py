@@ -1,3 +1,8 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -300,3 +305,15 @@ def test_misused_inputs_are_refused_by_name():
         decoder(tokens(1, 5), cache=cache)
     with pytest.raises(ValueError, match="holds 1 sequences"):
         decoder(tokens(2, 3), cache=cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_row_over_a_context_group_has_one_process_loss_and_gradients(num_ranks):
+    """Four layers with windows, softcap, sinks and query/key norms, tied embeddings, documents across every border."""
+    worker = Path(__file__).parent / "context_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for errors in json.loads(done.stdout).values():
+        assert errors["loss"] < 1e-12 and errors["gradients"] < 1e-11
