@@ -17,7 +17,7 @@ import typer
 from ..data.record import BadData
 from ..models.huggingface import BadCheckpoint
 from ..parallel.mesh import Mesh, end_mesh, start_mesh
-from . import data, distill, evaluate, line, preference, pretrain, rl, sft
+from . import data, distill, doctor, evaluate, line, preference, pretrain, rl, sft
 from .parts.checkpoint import checkpoints, load_start, save_checkpoint
 from .parts.config import BadConfig, Config, load_config
 from .parts.progress import console
@@ -205,6 +205,13 @@ def _model_of(run: Path) -> Path:
     if not newest:
         raise BadConfig(f"{run} holds no checkpoint and no release; give a run folder or a checkpoint")
     return max(newest, key=lambda path: (path / "manifest.json").stat().st_mtime)
+
+
+@app.command("doctor")
+def doctor_() -> None:
+    """Print what is here: machine, GPUs, versions, kernels."""
+    with Outcome():
+        doctor.main()
 
 
 def main() -> None:
