@@ -1,4 +1,4 @@
-"""Tensor parallelism, alone and composed with context parallelism, against one process; every collective is needed and counted."""
+"""Tensor parallelism, alone and with context parallelism, against one process; every collective is needed and counted."""
 
 import json
 import subprocess
