@@ -273,8 +273,9 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_lse):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return *_block_gradients(ctx.saved_tensors, ctx.problem, d_out, d_lse), None, None, None
+        tensors = ctx.saved_tensors  # read once: a non-reentrant checkpoint allows no more
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return *_block_gradients(tensors, ctx.problem, d_out, d_lse), None, None, None
 
 
 # ---- Part 3: which of the two computes a padded group ----

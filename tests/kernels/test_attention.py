@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from warpline.kernels import attention_torch as module
 from warpline.kernels.attention import attention, attention_part_backward, attention_reference
@@ -250,3 +251,12 @@ def test_gradients_through_parts_of_the_keys_add_up_to_the_whole(is_packed, inte
     received = [total_q, *(torch.cat(x, 1) for x in zip(*parts, strict=True))]
     for a, b in zip(received, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if interprets else 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 2.0}], ids=str)
+def test_a_checkpoint_that_recomputes_lets_the_backward_read_what_it_saved(options):
+    leaves = [torch.randn(1, 9, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    results = []
+    for call in (attention, lambda *tensors, **keywords: checkpoint(attention, *tensors, use_reentrant=False, **keywords)):
+        results.append(torch.autograd.grad(call(*leaves, **options).square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
