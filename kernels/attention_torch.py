@@ -228,8 +228,10 @@ def _block_gradients(saved, problem: _Problem, d_out: Tensor | None, d_lse: Tens
     d_sinks_N = None if sinks_N is None else torch.zeros(n, dtype=dtype, device=q.device)
     for tile in _tiles(problem.rule, (b, s, k.shape[1], n), problem.offset):
         state = _tile_state(tile, q, k, v, sinks_N, problem)
-        d_out_tile = _fold(d_out[tile.documents, tile.queries], num_kv_heads)
+        d_out_tile = _fold(d_out[tile.documents, tile.queries].to(state.prob.dtype), num_kv_heads)
         shift_BNS = shift_BSN[tile.documents, tile.queries].transpose(1, 2)
+        if state.lse_BNS is not None:  # the gradient of a log-sum-exp of −inf may be NaN: a merge of two makes it so
+            shift_BNS = shift_BNS.masked_fill(state.lse_BNS == -torch.inf, 0.0)
         d_score = torch.bmm(d_out_tile, state.v.transpose(1, 2))
         d_score.sub_(shift_BNS.reshape(*d_score.shape[:2], 1)).mul_(state.prob)
         if state.tanh is not None:

@@ -282,6 +282,8 @@ def backward(
     batch, num_queries = (1, q.shape[0]) if is_packed else (q.shape[0], q.shape[1])
     num_keys = k.shape[0] if is_packed else k.shape[1]
     q, k, v, d_out = (with_unit_stride(x) for x in (q, k, v, d_out.to(q.dtype)))
+    if d_lse is not None:  # the gradient of a log-sum-exp of −inf may be NaN: a merge of two makes it so
+        d_lse = torch.where(lse == -torch.inf, 0.0, d_lse)
     d_q, d_k, d_v = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta, shared = torch.empty_like(lse), constants(call, q, v)
     lse_strides = (0, num_queries) if is_packed else (num_heads * num_queries, num_queries)

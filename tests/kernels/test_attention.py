@@ -260,3 +260,24 @@ def test_a_checkpoint_that_recomputes_lets_the_backward_read_what_it_saved(optio
     for call in (attention, lambda *tensors, **keywords: checkpoint(attention, *tensors, use_reentrant=False, **keywords)):
         results.append(torch.autograd.grad(call(*leaves, **options).square().sum(), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.interpreter
+def test_the_gradient_of_a_merge_of_rows_that_see_nothing_is_zero():
+    """logaddexp of two −inf has a NaN gradient; queries 0–2 of 7 stand before the first key."""
+    q, k, v = (torch.randn(1, 7, 2, 16, requires_grad=True) for _ in range(3))
+    parts = [attention(q, k, v, query_offset=-3, return_lse=True) for _ in range(2)]
+    merged = torch.logaddexp(parts[0][1], parts[1][1])
+    gradients = torch.autograd.grad(merged[..., 3:].sum() + merged[..., :3].clamp(min=-1).sum(), (q, k))
+    assert all(d.isfinite().all() for d in gradients) and (gradients[0][:, :3] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_gradients_of_an_output_of_another_precision_are_made_in_the_inputs(dtype, out_dtype):
+    leaves = [torch.randn(1, 9, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    gradients = [
+        torch.autograd.grad(function(*leaves, window=4, out_dtype=out_dtype).square().sum(), leaves)
+        for function in (attention, attention_reference)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
