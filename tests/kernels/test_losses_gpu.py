@@ -323,5 +323,5 @@ def test_operators_pass_opcheck_on_the_gpu():
     options = (0.9, 5.0, -100, [True, True, True, True], None, 0, 33, None, True)
     torch.library.opcheck(torch.ops.warpline.linear_logprob, (hidden, weight, bias, target, *options))
     teacher = (random(9, 8, seed=5), random(33, 8, seed=6))
-    arguments = (hidden, weight, bias, *teacher, None, None, "jsd", 0.3, 1.0, None, None, 0, 33, None, True)
+    arguments = (hidden, weight, bias, *teacher, None, None, "jsd", 0.3, 1.0, None, None, None, 0, 33, None, True)
     torch.library.opcheck(torch.ops.warpline.linear_divergence, arguments)

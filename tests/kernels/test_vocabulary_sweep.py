@@ -208,8 +208,11 @@ def op_calls():
         (hidden, weight, None, target[:, None].expand(9, 2).contiguous(), 1.0, None, -100, [False] * 4, *options[4:]),
     )
     yield ops.linear_cross_entropy, (hidden, weight, bias, target[:, None], [True, True, True], None, -100, None, 10, 0.1, 0.1)
-    yield ops.linear_divergence, (hidden, weight, bias, *teacher, None, mask, "jsd", 0.3, 1.0, None, None, 0, 10, None, True)
-    yield ops.linear_topk, (hidden.detach(), weight.detach(), None, 3, 1.0, None, 0, 10, None)
+    yield (
+        ops.linear_divergence,
+        (hidden, weight, bias, *teacher, None, mask, "jsd", 0.3, 1.0, None, None, None, 0, 10, None, True),
+    )
+    yield ops.linear_topk, (hidden.detach(), weight.detach(), None, 3, 1.0, None, None, 0, 10, None)
 
 
 @pytest.mark.parametrize("number", range(5))
