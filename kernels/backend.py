@@ -49,6 +49,14 @@ def choose(
     return table[name]
 
 
+def check_floats(operation: str, *tensors: Tensor | None) -> None:
+    """Refuses integers, booleans and complex numbers, which would be cut to something else."""
+    dtypes = [x.dtype for x in tensors if x is not None]
+    if not all(dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) for dtype in dtypes):
+        received = ", ".join(map(str, dtypes))
+        raise ValueError(f"{operation}: received {received}; expected fp16, bf16, fp32 or fp64: cast the tensors")
+
+
 def first_reason(reasons: Mapping[str, bool]) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 

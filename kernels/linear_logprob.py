@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -318,6 +319,8 @@ def check_head(
     if not all(dtype in _FLOATS for dtype in dtypes) or product_dtype not in (None, *_FLOATS):
         received = f"{', '.join(map(str, dtypes))} with product_dtype {product_dtype}"
         raise ValueError(f"hidden, weight and bias are {received}; expected fp16, bf16, fp32 or fp64: cast them")
+    if product_dtype == torch.float64 and statistic_dtype(hidden, weight, bias) != torch.float64:
+        raise ValueError("product_dtype is fp64, but hidden, weight and bias are not; expected one of them in fp64: cast it")
     if hidden.device.type not in BLOCKING:
         expected = " or ".join(BLOCKING)
         raise ValueError(f"no implementation for device {hidden.device.type!r}; expected {expected}: move the inputs")
@@ -327,8 +330,8 @@ def check_head(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({len(weight)},): one number per row of weight")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected > 0: for greedy choices ask for argmax=True")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; expected > 0, or None for no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected > 0 and finite, or None for no cap")
 
 
 def shard_of(weight_VD: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None) -> Shard:

@@ -34,9 +34,12 @@ _IGNORED = -100
 
 
 def check_mask(mask_T: Tensor | None, hidden_TD: Tensor) -> None:
-    if mask_T is not None and (mask_T.dtype != torch.bool or mask_T.shape != hidden_TD.shape[:1]):
-        received = f"{mask_T.dtype} of shape {tuple(mask_T.shape)}"
-        raise ValueError(f"mask is {received}; expected bool of shape ({len(hidden_TD)},), True where a token counts")
+    if mask_T is None:
+        return
+    if mask_T.dtype != torch.bool or mask_T.shape != hidden_TD.shape[:1] or mask_T.device != hidden_TD.device:
+        received = f"{mask_T.dtype} of shape {tuple(mask_T.shape)} on {mask_T.device}"
+        expected = f"bool of shape ({len(hidden_TD)},) on {hidden_TD.device}"
+        raise ValueError(f"mask is {received}; expected {expected}, True where a token counts")
 
 
 def linear_topk_reference(
@@ -230,6 +233,9 @@ def linear_topk_divergence(
     if topk_ids_TC.dim() != 2 or topk_ids_TC.shape != topk_logprobs_TC.shape:
         shapes = f"{tuple(topk_ids_TC.shape)} and {tuple(topk_logprobs_TC.shape)}"
         raise ValueError(f"the cache's ids and log-probabilities have shapes {shapes}; expected [T, C] twice")
+    if not topk_logprobs_TC.dtype.is_floating_point or topk_logprobs_TC.device != hidden_TD.device:
+        received = f"{topk_logprobs_TC.dtype} on {topk_logprobs_TC.device}"
+        raise ValueError(f"the cache's log-probabilities are {received}; expected floats on {hidden_TD.device}: move the cache")
     check_mask(mask_T, hidden_TD)
     ids_TC = topk_ids_TC if mask_T is None else topk_ids_TC.masked_fill(~mask_T[:, None], _IGNORED)
     stats = linear_logprob(

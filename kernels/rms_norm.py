@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import Backend, choose, cuda_package_absent, first_reason, triton_absent
+from .backend import Backend, check_floats, choose, cuda_package_absent, first_reason, triton_absent
 
 
 def rms_norm_reference(
@@ -92,7 +92,7 @@ def _rms_norm_op(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, zero_centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, z, inverse_rms = _steps(x, weight)[0](x, weight, residual, eps, zero_centred)
-    return y, x.new_empty(0) if residual is None else z, inverse_rms
+    return y.contiguous(), x.new_empty(0) if residual is None else z.contiguous(), inverse_rms.contiguous()
 
 
 @_rms_norm_op.register_fake
@@ -107,7 +107,7 @@ def _rms_norm_backward_op(
     d_y: Tensor, d_z: Tensor | None, z: Tensor, weight: Tensor, inverse_rms: Tensor, zero_centred: bool, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
     gradients = _steps(z, weight)[1](d_y, d_z, z, weight, inverse_rms, zero_centred, tuple(needed))
-    d_x, d_weight = (z.new_empty(0) if d is None else d for d in gradients)
+    d_x, d_weight = (z.new_empty(0) if d is None else d.contiguous() for d in gradients)
     return d_x, d_weight
 
 
@@ -251,9 +251,10 @@ def rms_norm(
     `backend`: "auto" is Triton on CUDA, and torch operations on the CPU, for fp64 and for rows too wide; a name of `TABLE`
     obeys or raises with what it cannot do.
     """
-    if weight.shape != x.shape[-1:] or weight.device != x.device:
+    check_floats("rms_norm", x, weight)
+    if x.dim() == 0 or weight.shape != x.shape[-1:] or weight.device != x.device:
         received = f"weight {list(weight.shape)} on {weight.device} for x {list(x.shape)} on {x.device}"
-        raise ValueError(f"rms_norm: received {received}, expected [{x.shape[-1]}] there; give one weight per channel")
+        raise ValueError(f"rms_norm: received {received}, expected {list(x.shape[-1:])} there; give one weight per channel")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         received = f"residual {list(residual.shape)} {residual.dtype} on {residual.device}"
         raise ValueError(f"rms_norm: received {received}, expected {list(x.shape)} {x.dtype} on {x.device}; cast it to x's")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import runs_triton
+from .backend import check_floats, runs_triton
 from .rms_norm import backward_torch as norm_backward
 from .rms_norm import forward_torch as norm_forward
 from .rms_norm import rms_norm_reference
@@ -51,6 +51,8 @@ def rope_tables(
 
     `head_width` counts the rotated channels: pass fewer than H for a partial rotation.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"rope_tables: received dtype {dtype}, expected a floating-point one; cosines are fractions")
     if head_width <= 0 or head_width % 2:
         raise ValueError(f"rope_tables: received head_width {head_width}, expected an even width; channels turn in pairs")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -206,9 +208,17 @@ def rope(
     """Rotated (q, k), each normed first where its weight is given, as `rms_norm` does. Triton on CUDA, torch operations on the
     CPU and for fp64.
     """
-    if cos.shape != sin.shape or 2 * cos.shape[-1] > q.shape[-1] or q.shape[-1] != k.shape[-1]:
+    check_floats("rope", q, k, cos, sin, q_norm_weight, k_norm_weight)
+    if (
+        cos.dim() < 2
+        or cos.shape[-1] == 0
+        or cos.shape != sin.shape
+        or q.dim() < 2
+        or 2 * cos.shape[-1] > q.shape[-1]
+        or q.shape[-1] != k.shape[-1]
+    ):
         received = f"q {list(q.shape)}, k {list(k.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
-        expected = "one head width, and equal tables at most half as wide"
+        expected = "one head width, and equal tables of a row per token, at most half as wide"
         raise ValueError(f"rope: received {received}, expected {expected}; make the tables with rope_tables")
     tokens = list(q.shape[:-2])
     if q.shape[:-2] != k.shape[:-2] or cos.dim() < 2 or list(cos.shape[:-1]) != tokens[-(cos.dim() - 1) :]:

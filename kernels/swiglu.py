@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import Backend, choose, cuda_package_absent, runs_triton, triton_absent
+from .backend import Backend, check_floats, choose, cuda_package_absent, runs_triton, triton_absent
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -155,6 +155,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     `backend`: "auto" is Triton on CUDA, and torch's elementwise operations on the CPU and for fp64; a name of `TABLE` obeys or
     raises with what it cannot do.
     """
+    check_floats("swiglu", gate, up)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         received = f"{list(gate.shape)} {gate.dtype} on {gate.device} and {list(up.shape)} {up.dtype} on {up.device}"
         raise ValueError(f"swiglu: received {received}, expected one shape, dtype and device; cast or reshape up to gate's")

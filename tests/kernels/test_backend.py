@@ -10,6 +10,7 @@ from warpline.kernels import rms_norm as norms
 from warpline.kernels import swiglu as gates
 from warpline.kernels.backend import Backend, choose, package_absent
 from warpline.kernels.rms_norm import rms_norm, rms_norm_reference
+from warpline.kernels.rope import rope, rope_tables
 from warpline.kernels.swiglu import swiglu, swiglu_reference
 
 CPU = torch.device("cpu")
@@ -110,3 +111,24 @@ def test_transformer_engine_is_given_gate_and_up_in_one_tensor(stand_in):
     assert torch.equal(swiglu(gate, up, backend="transformer-engine"), swiglu_reference(gate, up))
     with pytest.raises(ValueError, match="cannot do fp64"):
         swiglu(gate.double(), up.double(), backend="transformer-engine")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_real_number_is_refused(dtype):
+    x, weight = torch.ones(2, 4).to(dtype), torch.ones(4)
+    tables = rope_tables(torch.arange(2), 4, 10.0)
+    calls = (lambda: rms_norm(x, weight), lambda: swiglu(x, x), lambda: rope(x[:, None], x[:, None], *tables))
+    for call in calls:
+        with pytest.raises(ValueError, match="expected fp16, bf16, fp32 or fp64: cast the tensors"):
+            call()
+    with pytest.raises(ValueError, match="expected a floating-point one"):
+        rope_tables(torch.arange(2), 4, 10.0, dtype=torch.int64)
+
+
+def test_shapes_without_channels_are_refused():
+    q = torch.ones(2, 1, 4)
+    for cos in (torch.ones(()), torch.ones(2, 0)):
+        with pytest.raises(ValueError, match="expected one head width, and equal tables of a row per token"):
+            rope(q, q, cos, cos)
+    with pytest.raises(ValueError, match=r"for x \[\] on cpu"):
+        rms_norm(torch.ones(()), torch.ones(1))

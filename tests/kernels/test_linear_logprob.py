@@ -352,6 +352,10 @@ def test_bad_input_is_named_with_its_remedy(function):
         function(hidden.long(), weight, target_T)
     with pytest.raises(ValueError, match=r"product_dtype torch.int8; expected fp16"):
         function(hidden, weight, target_T, product_dtype=torch.int8)
+    with pytest.raises(ValueError, match="product_dtype is fp64, but hidden, weight and bias are not"):
+        function(hidden.float(), weight.float(), target_T, product_dtype=torch.float64)
+    with pytest.raises(ValueError, match="softcap is inf; expected > 0 and finite"):
+        function(hidden, weight, target_T, softcap=float("inf"))
     with pytest.raises(ValueError, match="softcap is 0"):
         function(hidden, weight, target_T, softcap=0)
 

@@ -126,5 +126,11 @@ def test_bad_input_is_named_with_its_remedy():
         linear_topk_divergence(hidden, weight, *linear_topk(teacher_hidden, teacher_weight, 2), tail="drop")
     with pytest.raises(ValueError, match=r"expected \[T, C\] twice"):
         linear_topk_divergence(hidden, weight, torch.zeros(27, 2).long(), torch.zeros(27, 3))
+    for logprobs in (torch.zeros(27, 2).long(), torch.zeros(27, 2, device="meta")):
+        with pytest.raises(ValueError, match=r"the cache's log-probabilities are .*; expected floats on cpu"):
+            linear_topk_divergence(hidden, weight, torch.zeros(27, 2).long(), logprobs)
+    with pytest.raises(ValueError, match=r"mask is torch\.bool of shape \(27,\) on meta"):
+        cache = torch.zeros(27, 2).long(), torch.zeros(27, 2)
+        linear_topk_divergence(hidden, weight, *cache, mask_T=torch.ones(27, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match=r"k is 2\.0; expected an int"):
         linear_topk(hidden, weight, 2.0)

@@ -57,6 +57,7 @@ OPERATORS = {
         lambda: (leaf(3, 8), leaf(8), None, 1e-3, False),
         lambda: (leaf(3, 8), leaf(8), leaf(3, 8, seed=1), 1e-3, True),
         lambda: (random(3, 8).half(), random(8), None, 1e-3, False),
+        lambda: (random(8, 3).t().detach().requires_grad_(), leaf(8), random(8, 3).t(), 1e-3, False),
     ],
     "rope": [
         lambda: (leaf(3, 2, 4), *TABLES, None, 1e-3, False),
@@ -65,6 +66,7 @@ OPERATORS = {
     "swiglu": [lambda: (leaf(3, 8), leaf(3, 8, seed=1)), lambda: (random(3, 8), leaf(3, 8))],
     "rms_norm_backward": [
         lambda: (random(3, 8), None, random(3, 8, seed=1), random(8), torch.ones(3, 1), False, [True, True]),
+        lambda: (random(8, 3).t(), None, random(3, 8, seed=1), random(8), torch.ones(3, 1), False, [True, True]),
         lambda: (random(3, 8), random(3, 8), random(3, 8, seed=1), random(8), torch.ones(3, 1), True, [False, True]),
     ],
     "rope_backward": [
