@@ -298,22 +298,28 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         shared: ContextBatch | None = None,
     ):
-        context = self._context(tokens_BS, cu_seqlens, cache, shared)
-        branch, residual = None, self._embed(tokens_BS)
+        context = self.context(tokens_BS, cu_seqlens, cache, shared)
+        branch, residual = None, self.embed(tokens_BS)
         for layer in self.layers:
             branch, residual = layer(branch, residual, context)
         hidden_BSD, _ = self.norm(branch, residual)
         return hidden_BSD if head is None else head(hidden_BSD, self.output_weight)
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S, D]: where the residual stream begins."""
         embedded_BSD = self.embed_tokens(tokens_BS)
         if not self.config.scale_embeddings:
             return embedded_BSD
         return embedded_BSD * torch.tensor(self.config.width**0.5, dtype=self.embed_tokens.weight.dtype)
 
-    def _context(
-        self, tokens_BS: Tensor, cu_seqlens: Tensor | None, cache: KeyValueCache | None, shared: ContextBatch | None
+    def context(
+        self,
+        tokens_BS: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: KeyValueCache | None = None,
+        shared: ContextBatch | None = None,
     ) -> _Context:
+        """What every layer of a forward pass shares."""
         if tokens_BS.ndim != 2:
             raise ValueError(f"tokens have shape {tuple(tokens_BS.shape)}; pass [B, S] (packed documents: [1, T])")
         num_sequences, num_positions = tokens_BS.shape
