@@ -205,7 +205,7 @@ def test_scaled_embeddings_are_rounded_to_their_dtype():
     scale = torch.tensor(12**0.5).to(torch.bfloat16)
     assert scale.item() != 12**0.5
     expected = decoder.embed_tokens.weight[tokens(2, 5)] * scale
-    assert torch.equal(decoder._embed(tokens(2, 5)), expected)
+    assert torch.equal(decoder.embed(tokens(2, 5)), expected)
 
 
 @EVERY
