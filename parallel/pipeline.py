@@ -18,6 +18,7 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 
 **Source** GPipe, arXiv 1811.06965; PipeDream, arXiv 1806.03377; Megatron-LM, arXiv 2104.04473; zero bubble, arXiv 2401.10241.
 **Limits** Microbatches of one step have one shape: pack them to the same number of tokens, the rest past the last boundary.
+zero_bubble and zbv need torch 2.13 (2.11 fails, 2.12 was not tried).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ SCHEDULES: dict[str, tuple[Any, int | None]] = {
     "zero_bubble": (ScheduleInterleavedZeroBubble, None),
     "zbv": (ScheduleZBVZeroBubble, 2),
 }
+
+# These make a stage's two gradients apart, which torch 2.11 cannot do for an autograd.Function ("_input_metadata is invalid").
+SPLIT = ("zero_bubble", "zbv")
 
 
 def split_layers(layer_costs: Sequence[float], first_cost: float, last_cost: float, num_stages: int) -> list[tuple[int, int]]:
@@ -146,6 +150,8 @@ class Pipeline:
     ):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}; expected one of {list(SCHEDULES)}")
+        if schedule in SPLIT and torch.__version__ < (2, 13):  # a TorchVersion compares as one
+            raise ValueError(f"schedule is {schedule!r} on torch {torch.__version__}; expected torch >= 2.13: use interleaved")
         kind, fixed = SCHEDULES[schedule]
         stages_per_rank = stages_per_rank if fixed is None else fixed
         rank, num_ranks = group.rank(), group.size()
