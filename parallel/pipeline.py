@@ -150,7 +150,7 @@ class Pipeline:
     ):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}; expected one of {list(SCHEDULES)}")
-        if schedule in SPLIT and torch.__version__ < (2, 13):  # a TorchVersion compares as one
+        if schedule in SPLIT and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
             raise ValueError(f"schedule is {schedule!r} on torch {torch.__version__}; expected torch >= 2.13: use interleaved")
         kind, fixed = SCHEDULES[schedule]
         stages_per_rank = stages_per_rank if fixed is None else fixed
