@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from warpline.kernels.attention import attention, attention_reference
 
 # fp64 takes the torch path everywhere; fp32 takes Triton's kernels in the interpreter.
-DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.interpreter)]
+DTYPES = [torch.float64, pytest.param(torch.float32, marks=[pytest.mark.interpreter, pytest.mark.slow])]
 
 
 def tensors(rows=(1, 37), keys=None, heads=2, key_heads=1, width=16, value_width=16, has_sinks=False):
