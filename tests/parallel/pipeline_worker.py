@@ -1,7 +1,8 @@
 """One rank of a pipeline: a decoder's loss and gradients against one process, in fp64, under every schedule.
 
 Run     torchrun --nproc-per-node N tests/parallel/pipeline_worker.py
-Prints  on rank 0, one JSON object: for each case the error of the loss and the largest of a parameter's gradient
+Prints  on rank 0, one JSON object: for each case the error of the loss and the largest of a parameter's gradient, and the
+        products of a step
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tensor_worker import CONFIGS, build
@@ -86,6 +88,37 @@ def compare(name):
     return {"loss": abs(loss.item() - expected) / abs(expected), "gradients": worst.item()}
 
 
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(schedule: str) -> int:
+    """Of one step on this rank, two stages each: splitting a backward in two must not make any product twice."""
+    config = CONFIGS["tied"]
+    runner = Pipeline(
+        build(config),
+        dist.group.WORLD,
+        head_of(config),
+        schedule=schedule,
+        num_microbatches=NUM_MICROBATCHES,
+        stages_per_rank=2,
+    )
+    runner.step(batch())  # the first step also settles shapes
+    with Products() as counted:
+        runner.step(batch())
+    return counted.count
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -96,8 +129,11 @@ def main() -> None:
     Pipeline._add_tied_gradients = lambda self: None
     removed = compare("gpipe")
     Pipeline._add_tied_gradients = plain
+    results = {"errors": found, "without tied gradients": removed}
+    if size == 2:
+        results["products"] = {schedule: products(schedule) for schedule in ("interleaved", "zero_bubble")}
     if dist.get_rank() == 0:
-        json.dump({"errors": found, "without tied gradients": removed}, sys.stdout)
+        json.dump(results, sys.stdout)
         sys.stdout.flush()
     dist.destroy_process_group()
 

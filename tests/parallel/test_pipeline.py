@@ -68,3 +68,5 @@ def test_every_schedule_computes_what_one_process_computes(num_ranks, num_cases)
     for error in result["errors"].values():
         assert error["loss"] < 1e-12 and error["gradients"] < 1e-12
     assert result["without tied gradients"]["gradients"] > 1e-3
+    if num_ranks == 2:
+        assert result["products"]["zero_bubble"] == result["products"]["interleaved"] > 0
