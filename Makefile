@@ -19,9 +19,9 @@ test: venv
 	$(PYTEST) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/kernels
 
-test-all: venv
-	$(PYTEST) -m "not gpu"
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu" tests/kernels
+test-all: test
+	$(PYTEST) -m "slow and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu" tests/kernels
 
 # One call on a machine with a GPU, from the checkout alone; results and logs under OUT, else bench/results.
 gpu:
