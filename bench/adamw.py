@@ -9,17 +9,15 @@ Expect  a row per candidate and model; P parameters in L layers of a Llama's mat
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernels.backend import cuda_package_absent
-from .measure import RESULTS, Report, Row, host_microseconds, interleaved
+from .measure import Row, begin, host_microseconds, interleaved
 
 BYTES_PER_PARAMETER = 28
 
@@ -54,19 +52,14 @@ def steps(width: int, layers: int, device: torch.device) -> dict[str, Callable[[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one model, a fifth of a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("adamw", arguments.out, device)
+    device, report, is_quick = begin("adamw", __doc__, "one model, a fifth of a second a candidate")
     models = ((2048, 16), (4096, 8)) if device.type == "cuda" else ((128, 4), (512, 4))
-    for width, layers in models[:1] if arguments.quick else models:
+    for width, layers in models[:1] if is_quick else models:
         calls = steps(width, layers, device)
         num_parameters = sum(p.numel() for p in parameters(width, layers, device))
         source = torch.randn(num_parameters * BYTES_PER_PARAMETER // 8, device=device)
         times = interleaved(
-            {"copy": partial(torch.empty_like(source).copy_, source), **calls}, device, 0.2 if arguments.quick else 1.0
+            {"copy": partial(torch.empty_like(source).copy_, source), **calls}, device, 0.2 if is_quick else 1.0
         )
         copy_rate = num_parameters * BYTES_PER_PARAMETER / times["copy"][0] / 1e6
         for name, (median, spread) in times.items():

@@ -10,10 +10,8 @@ Expect  a row per candidate, operation and shape; docs is the number of document
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.attention import attention, attention_reference
 from ..kernels.attention_backend import TABLE
-from .measure import RESULTS, Report, Row, interleaved, peak_mib, relative_error
+from .measure import Report, Row, begin, interleaved, peak_mib, relative_error
 
 CHECKED_TOKENS = 256
 Function = Callable[..., Any]
@@ -192,14 +190,9 @@ def run(operation: str, shape: Shape, device: torch.device, report: Report, seco
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, a third of a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report("attention", arguments.out, device)
-    for operation, shape in shapes(device.type == "cuda", arguments.quick):
-        run(operation, shape, device, report, 0.3 if arguments.quick else 1.5)
+    device, report, is_quick = begin("attention", __doc__, "fewer shapes, a third of a second a candidate")
+    for operation, shape in shapes(device.type == "cuda", is_quick):
+        run(operation, shape, device, report, 0.3 if is_quick else 1.5)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ Expect  a row per kind, candidate and shape, forward and backward. The products 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.linear_divergence import linear_divergence, linear_divergence_reference, linear_topk, linear_topk_divergence
-from .measure import RESULTS, Report, Row, absent, interleaved, peak_mib, relative_error
+from .measure import Report, Row, absent, begin, interleaved, peak_mib, relative_error
 
 # T, D, U, V: an 8B-sized student's width beside a larger teacher's, and the laptop line's.
 GPU_SHAPES = [(8192, 4096, 4096, 131072), (4096, 2048, 4096, 151936)]
@@ -131,17 +129,12 @@ def run(shape: tuple[int, int, int, int], device: torch.device, report: Report, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one shape, half a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, report, is_quick = begin("linear_divergence", __doc__, "one shape, half a second a candidate")
     shapes = {
         ("cuda", False): GPU_SHAPES, ("cuda", True): GPU_SHAPES[:1], ("cpu", False): CPU_SHAPES, ("cpu", True): CPU_QUICK,
-    }[device.type, arguments.quick]  # fmt: skip
-    report = Report("linear_divergence", arguments.out, device)
+    }[device.type, is_quick]  # fmt: skip
     for shape in shapes:
-        run(shape, device, report, 0.5 if arguments.quick else 2.0)
+        run(shape, device, report, 0.5 if is_quick else 2.0)
 
 
 if __name__ == "__main__":

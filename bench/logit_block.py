@@ -8,9 +8,7 @@ Expect  a row per step. Bytes: a statistics step reads the block (4 an element),
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -26,7 +24,7 @@ from ..kernels.logit_block import (
     new_statistics,
 )
 from ..kernels.vocabulary_sweep import BLOCKING
-from .measure import RESULTS, Report, Row, interleaved
+from .measure import Row, begin, interleaved
 
 
 def steps_on(rows: int, columns: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
@@ -59,17 +57,13 @@ def steps_on(rows: int, columns: int, device: torch.device) -> dict[str, tuple[C
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a fifth of a second a step")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blocking, report = BLOCKING[device.type], Report("logit_block", arguments.out, device)
+    device, report, is_quick = begin("logit_block", __doc__, "a fifth of a second a step")
+    blocking = BLOCKING[device.type]
     blocks = {"forward's block": (blocking.rows, blocking.columns)}
     blocks["backward's block"] = (blocking.backward_elements // blocking.backward_columns, blocking.backward_columns)
     for name, (rows, columns) in blocks.items():
         steps = steps_on(rows, columns, device)
-        times = interleaved({step: call for step, (call, _) in steps.items()}, device, 0.2 if arguments.quick else 1.0)
+        times = interleaved({step: call for step, (call, _) in steps.items()}, device, 0.2 if is_quick else 1.0)
         for step, (median, spread) in times.items():
             moved = rows * columns * steps[step][1] / median / 1e6
             shape = {"R": rows, "W": columns}

@@ -8,6 +8,7 @@ Expect  the spread is the interquartile range; a difference below it is no diffe
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib
 import importlib.metadata
@@ -63,6 +64,16 @@ class Report:
         temporary.write_text(text + "\n")
         temporary.replace(self.path)
         print(line_of(row), flush=True)
+
+
+def begin(name: str, description: str | None, quick: str) -> tuple[torch.device, Report, bool]:
+    """A bench's command line: (device, report, whether it is quick); `quick` says what --quick leaves out."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, Report(name, arguments.out, device), arguments.quick
 
 
 def line_of(row: Row) -> str:

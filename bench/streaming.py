@@ -7,16 +7,14 @@ Expect  a copy of the same bytes in every comparison, and the error of ours and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .measure import RESULTS, Report, Row, host_microseconds, interleaved, relative_error
+from .measure import Report, Row, begin, host_microseconds, interleaved, relative_error
 
 
 @dataclass
@@ -87,12 +85,7 @@ def run(
     problems: Callable[..., Iterable[Streaming]],
 ) -> None:
     """A bench's command line: `shapes(is_gpu, is_quick)`, and `problems(*shape, device)` of each."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, a fifth of a second a candidate")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(name, arguments.out, device)
-    for sizes in shapes(device.type == "cuda", arguments.quick):
+    device, report, is_quick = begin(name, description, "fewer shapes, a fifth of a second a candidate")
+    for sizes in shapes(device.type == "cuda", is_quick):
         for problem in problems(*sizes, device):
-            add_streaming_rows(problem, report, 0.2 if arguments.quick else 1.0)
+            add_streaming_rows(problem, report, 0.2 if is_quick else 1.0)

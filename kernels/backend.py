@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Backend(NamedTuple):
     """`absent` says why it is not here for a device; `cannot` what of a request it does not do; both None if all is well."""
@@ -52,7 +54,7 @@ def choose(
 def check_floats(operation: str, *tensors: Tensor | None) -> None:
     """Refuses integers, booleans and complex numbers, which would be cut to something else."""
     dtypes = [x.dtype for x in tensors if x is not None]
-    if not all(dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) for dtype in dtypes):
+    if not all(dtype in FLOATS for dtype in dtypes):
         received = ", ".join(map(str, dtypes))
         raise ValueError(f"{operation}: received {received}; expected fp16, bf16, fp32 or fp64: cast the tensors")
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import FLOATS
 from .logit_block import LogitMap, Side, Wanted, logits_of
 from .token_statistics import Call, Inputs, LossTerms, Upstream, backward, cross_entropy_with_gradients, forward
 from .vocabulary_sweep import BLOCKING, Shard, statistic_dtype
@@ -294,9 +295,6 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- The public functions ----
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -316,7 +314,7 @@ def check_head(
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden and weight have shapes {shapes}; expected [T, D] and [V, D]: pack the tokens")
     dtypes = [x.dtype for x in (hidden, weight, bias) if x is not None]
-    if not all(dtype in _FLOATS for dtype in dtypes) or product_dtype not in (None, *_FLOATS):
+    if not all(dtype in FLOATS for dtype in dtypes) or product_dtype not in (None, *FLOATS):
         received = f"{', '.join(map(str, dtypes))} with product_dtype {product_dtype}"
         raise ValueError(f"hidden, weight and bias are {received}; expected fp16, bf16, fp32 or fp64: cast them")
     if product_dtype == torch.float64 and statistic_dtype(hidden, weight, bias) != torch.float64:

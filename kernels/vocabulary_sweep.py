@@ -303,10 +303,14 @@ def gather(partial: Tensor, shard: Shard) -> Tensor:
     """[n, …]: every rank's partial numbers in rank order, by one all-gather; without a group, those that are here."""
     if shard.group_name is None:
         return partial[None]
-    group = _group(shard.group_name)
-    everyone = partial.new_empty(group.size(), *partial.shape)
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
-    all_gather(everyone.view(-1), partial.contiguous().view(-1), group=group)
+    return all_gather(partial, _group(shard.group_name))
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, …]: every rank's x, of one shape, in rank order."""
+    everyone = x.new_empty(group.size(), *x.shape)
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
+    gather_into(everyone.view(-1), x.contiguous().view(-1), group=group)
     return everyone
 
 

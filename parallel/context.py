@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -162,6 +163,16 @@ class ContextBatch:
     def position_T(self) -> Tensor:
         """int64 [this rank's tokens]: positions for the rotary embedding."""
         return self.layout.position(self.rank).to(self.device)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [T]: where in the row every rank's tokens stand, rank after rank."""
+        return torch.cat([self.layout.index(rank) for rank in range(self.layout.size)]).to(self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """The whole row's boundaries, as attention takes them."""
+        return torch.tensor(self.layout.bounds, dtype=torch.int32).to(self.device)
 
     def pairs(self, other: int) -> list[Pair]:
         """This rank's queries with another's keys, boundaries on the device."""
@@ -340,7 +351,7 @@ def _heads_of(x: Tensor, batch: ContextBatch) -> Tensor:
     received = x.new_empty(sum(counts), num_heads // size, width)
     dist.all_to_all_single(received, sent.view(-1, *received.shape[1:]), counts, [num_tokens] * size, group=batch.group)
     row = torch.empty_like(received)
-    row[_order(batch, x.device)] = received
+    row[batch.order] = received
     return row
 
 
@@ -348,14 +359,9 @@ def _tokens_of(y: Tensor, batch: ContextBatch) -> Tensor:
     layout, size = batch.layout, batch.layout.size
     counts, num_tokens = [layout.tokens(rank) for rank in range(size)], layout.tokens(batch.rank)
     received = y.new_empty(size, num_tokens, *y.shape[1:])
-    sent = y[_order(batch, y.device)]
+    sent = y[batch.order]
     dist.all_to_all_single(received.view(-1, *y.shape[1:]), sent, [num_tokens] * size, counts, group=batch.group)
     return received.transpose(0, 1).reshape(num_tokens, -1, y.shape[2])
-
-
-def _order(batch: ContextBatch, device: torch.device) -> Tensor:
-    """Where in the row every rank's tokens stand, rank after rank."""
-    return torch.cat([batch.layout.index(rank) for rank in range(batch.layout.size)]).to(device)
 
 
 def ulysses_attention(
@@ -373,10 +379,9 @@ def ulysses_attention(
     if size > 1:
         q, k, v = (_AllToAll.apply(x.contiguous(), batch, True) for x in (q, k, v))
     heads = slice(batch.rank * num_heads // size, (batch.rank + 1) * num_heads // size)
-    bounds = torch.tensor(batch.layout.bounds, dtype=torch.int32).to(q.device)
     longest = max((b - a for a, b in pairwise(batch.layout.bounds)), default=0)
     out = attention(
-        q, k, v, causal=causal, cu_seqlens=bounds, max_seqlen=longest, window=window, softcap=softcap, scale=scale,
+        q, k, v, causal=causal, cu_seqlens=batch.cu_seqlens, max_seqlen=longest, window=window, softcap=softcap, scale=scale,
         sinks_N=None if sinks_N is None else sinks_N[heads],
     )  # fmt: skip
     assert isinstance(out, Tensor)

@@ -9,7 +9,7 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 | backward: their gradients to the previous one                 | 2·M·T·D·b                                  |
 | tied embeddings: one all-reduce a step, first and last stage  | V·D·b                                      |
 
-| schedule      | stages a rank | bubble, of a step of M microbatches over n ranks |
+| schedule      | stages a rank | bubble of M microbatches over n ranks, predicted |
 |---------------|---------------|--------------------------------------------------|
 | gpipe, 1f1b   | 1             | (n−1)/(M+n−1)                                    |
 | interleaved   | v             | (n−1)/(v·M+n−1)                                  |
@@ -18,7 +18,8 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 
 **Source** GPipe, arXiv 1811.06965; PipeDream, arXiv 1806.03377; Megatron-LM, arXiv 2104.04473; zero bubble, arXiv 2401.10241.
 **Limits** Microbatches of one step have one shape: pack them to the same number of tokens, the rest past the last boundary.
-zero_bubble and zbv need torch 2.13 (2.11 fails, 2.12 was not tried).
+zero_bubble and zbv need torch 2.13 (2.11 fails, 2.12 was not tried). Every rank builds the whole decoder, and keeps it: what is
+saved is the other layers' gradients and moments. No bubble has been measured.
 """
 
 from __future__ import annotations
@@ -90,10 +91,13 @@ def stages_of(schedule: str, rank: int, num_ranks: int, stages_per_rank: int) ->
 class Stage(nn.Module):
     """Some of a decoder's layers, under their names in it. The last one's head gives the loss of a microbatch."""
 
+    decoder: Any
+
     def __init__(self, decoder: Any, start: int, end: int, index: int, num_stages: int, head: Callable[..., Tensor]):
         super().__init__()
         self.is_first, self.is_last, self.head = index == 0, index == num_stages - 1, head
-        self.decoder = decoder
+        # A guide, not a part: the decoder's other layers are no parameters of this stage.
+        object.__setattr__(self, "decoder", decoder)
         self.layers = nn.ModuleDict({str(layer): decoder.layers[layer] for layer in range(start, end)})
         if self.is_first or (self.is_last and decoder.config.tie_embeddings):
             self.embed_tokens = decoder.embed_tokens
@@ -101,13 +105,6 @@ class Stage(nn.Module):
             self.norm = decoder.norm
             if not decoder.config.tie_embeddings:
                 self.lm_head = decoder.lm_head
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The decoder is a guide, not a part: its other layers are no parameters of this stage.
-        if name == "decoder":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def forward(self, *hidden: Tensor, tokens: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Any:
         """`hidden`: the branch and the residual stream of the stage before; on the first, nothing. Rows are [1, …]."""

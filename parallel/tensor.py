@@ -31,15 +31,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.vocabulary_sweep import all_gather
+
 # ---- The conjugate pair: gather tokens, and sum and scatter them ----
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup, num_tokens: int) -> Tensor:
     """[B, s, …] of every rank to [B, num_tokens, …]."""
-    parts = x.new_empty(group.size(), *x.shape)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
-    gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
-    return parts.transpose(0, 1).reshape(x.shape[0], -1, *x.shape[2:])[:, :num_tokens]
+    return all_gather(x, group).transpose(0, 1).reshape(x.shape[0], -1, *x.shape[2:])[:, :num_tokens]
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -142,8 +141,7 @@ class TensorShards:
         widest = max(stop - start for start, stop in bounds)
         padded = x.new_zeros(*(widest if d == dim else size for d, size in enumerate(x.shape)))
         padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-        parts = [torch.empty_like(padded) for _ in bounds]
-        dist.all_gather(parts, padded, group=self.group)
+        parts = all_gather(padded, self.group)
         return torch.cat([part.narrow(dim, 0, stop - start) for part, (start, stop) in zip(parts, bounds, strict=True)], dim)
 
 

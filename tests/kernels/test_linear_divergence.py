@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from products import Products
 from torch.utils.checkpoint import checkpoint
 
 from warpline.kernels.linear_divergence import (
@@ -23,20 +23,6 @@ SMALL = Blocking(rows=8, columns=4, elements=32, backward_columns=5, backward_el
 def small_blocks(monkeypatch):
     """Products of 8 rows; three blocks of columns or more in each direction, the last ragged; chunks of 16 tokens."""
     monkeypatch.setitem(BLOCKING, "cpu", SMALL)
-
-
-class Watch(TorchDispatchMode):
-    """Counts the multiplications of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_multiplications = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-            self.num_multiplications += left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 def make(num_tokens=27, width=5, teacher_width=7, num_entries=11, dtype=torch.float64, scale=1.0):
@@ -139,10 +125,10 @@ def test_masked_tokens_never_reach_a_product():
     with torch.no_grad():
         poisoned[0][8:] = torch.nan
     teacher[0][8:] = torch.nan
-    with Watch() as watch:
+    with Products() as watch:
         actual = run(linear_divergence, poisoned, teacher, mask_T=mask_T)
     one, other = 8 * 5 * 11, 8 * 7 * 11
-    assert watch.num_multiplications == 4 * one + 2 * other
+    assert watch.count == 4 * one + 2 * other
     for a, b in zip(actual, expected, strict=True):
         same(a, b)
 
@@ -151,12 +137,12 @@ def test_masked_tokens_never_reach_a_product():
 def test_products_that_no_input_needs_are_skipped(needs, num_products):
     student, teacher = make(8)
     inputs = [x.detach().requires_grad_(bool(n)) for x, n in zip(student[:2], needs, strict=True)]
-    with Watch() as watch:
+    with Products() as watch:
         value = linear_divergence(*inputs, *teacher[:2]).sum()
         if any(needs):
             value.backward()
     num_teacher_products = 2 if any(needs) else 1
-    assert watch.num_multiplications == num_products * 8 * 5 * 11 + num_teacher_products * 8 * 7 * 11
+    assert watch.count == num_products * 8 * 5 * 11 + num_teacher_products * 8 * 7 * 11
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from products import Products
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from warpline.kernels.linear_divergence import linear_divergence, linear_topk, linear_topk_divergence
 from warpline.kernels.linear_logprob import linear_cross_entropy, linear_logprob
@@ -133,20 +133,6 @@ def test_the_same_input_gives_the_same_bits_twice(name):
 
 
 # ---- Gradients asked for apart ----
-
-
-class Products(TorchDispatchMode):
-    """Counts multiplications of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-            self.count += left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["logprob", "forward KL"])

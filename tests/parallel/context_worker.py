@@ -94,8 +94,8 @@ MUTATIONS = {
     ),
     "the merge forgets what was before": ("out.mul_(next(weights))", "out.mul_(0.0 * next(weights))"),
     "offsets are forgotten": ("q[0] - k[0] if q[1]", "0 if q[1]"),
-    "heads are not exchanged for tokens": ("row[_order(batch, x.device)] = received", "row.copy_(received)"),
-    "a row's tokens go back in the wrong order": ("sent = y[_order(batch, y.device)]", "sent = y.contiguous()"),
+    "heads are not exchanged for tokens": ("row[batch.order] = received", "row.copy_(received)"),
+    "a row's tokens go back in the wrong order": ("sent = y[batch.order]", "sent = y.contiguous()"),
     "every rank takes the first sinks": ("sinks_N[heads]", "sinks_N[: num_heads // size]"),
 }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from products import Products
 from tensor_worker import CONFIGS, build
 
 from warpline.kernels.linear_logprob import linear_cross_entropy
@@ -86,20 +86,6 @@ def compare(name):
     dist.all_reduce(seen)
     assert (seen >= 1).all(), "a parameter is on no rank"
     return {"loss": abs(loss.item() - expected) / abs(expected), "gradients": worst.item()}
-
-
-class Products(TorchDispatchMode):
-    """Counts the multiplications of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-            left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
-            self.count += left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 def products(schedule: str) -> int:
