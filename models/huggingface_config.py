@@ -12,13 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..parallel.checkpoint import BadCheckpoint
 from .decoder import DecoderConfig
 from .rope_scaling import AnyRopeScaling, LinearRopeScaling, RopeScaling, YarnRopeScaling
-
-
-class BadCheckpoint(ValueError):
-    """One line that names the file or tensor, what is wrong with it, and the remedy."""
-
 
 # Ours to theirs, in every family.
 _SIZES = {

@@ -1,30 +1,102 @@
-"""Checkpoints: a Hugging Face folder plus optimizer.safetensors, state.json and manifest.json; complete or absent, verified
-on load.
+"""Checkpoints of a stage: a Hugging Face folder plus the optimiser's safetensors, state.json and manifest.json; complete or
+absent, verified on load.
 
-A checkpoint is written to `step-N.tmp-PID/`, every file is fsynced, `manifest.json` with size and BLAKE2b digest of every
-file comes last, and one rename publishes it. Loading verifies the digests and falls back to the newest good one. Nothing here
-unpickles.
+`Checkpoints` saves and finds them on any number of ranks, each of which holds pieces of the model (`parallel/checkpoint.py`);
+the other functions are for one process that holds all of it.
 """
 
-import hashlib
-import os
-import re
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ...data.tokenizer import ChatTokenizer
 from ...models import huggingface
-from ...models.decoder import Decoder
+from ...models.decoder import Decoder, DecoderConfig
+from ...parallel.checkpoint import BadCheckpoint, Piece, Saver, Whole, plan, read_into, sweep
+from ...parallel.checkpoint import checkpoints as checkpoints
+from ...parallel.checkpoint import damage as damage
+from ...parallel.checkpoint import write_manifest as write_manifest
 from .config import BadConfig
-from .file import read_json, sync_folder, write_json
+from .file import read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints under `folder`, of which the newest `keep` stay. Every rank of `saver` makes the same calls."""
+
+    folder: Path
+    saver: Saver
+    keep: int
+    max_shard_bytes: int = 5 * 10**9
+
+    def save(
+        self,
+        step: int,
+        config: DecoderConfig,
+        tokenizer: ChatTokenizer,
+        state: dict[str, Any],
+        model: dict[str, Piece],
+        moments: dict[str, Piece],
+    ) -> None:
+        """Begin to write `folder/step-N`: pieces of the parameters by name, of the moments as `moment_names` has them, and
+        `state` (JSON, the first rank's counts). Pieces and state may change once this returns; `saver.wait` ends it.
+
+        All pieces of the model have one dtype, and those of the moments; the files hold it.
+        """
+        dtype, moment_dtype = (next(iter(pieces.values())).tensor.dtype for pieces in (model, moments))
+        wholes = huggingface.wholes(config, dtype)
+        theirs = {huggingface.their_name(name): piece for name, piece in model.items()}
+        names = [huggingface.our_name(name) for name in wholes]
+        moment_wholes = {
+            name: Whole(wholes[huggingface.their_name(of)].shape, moment_dtype) for of in names for name in moment_names(of)
+        }
+        frozen = dict(state)
+
+        def describe(folder: Path) -> None:
+            huggingface.describe(config, folder, tokenizer, dtype=dtype, own_form=True)
+            write_json(folder / "state.json", frozen)
+
+        files = [
+            (plan(wholes, "model", self.max_shard_bytes), theirs),
+            (plan(moment_wholes, "optimizer", self.max_shard_bytes), moments),
+        ]
+        self.saver.save(self.folder, step, files, describe, self.keep)
+
+    def latest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose files match their digests, which the ranks share out; the first rank names damaged ones
+        through `warn`, after it swept killed saves away.
+        """
+        is_first = self.saver.rank == 0
+        if is_first:
+            sweep(self.folder)
+        names = self.saver.gather([path.name for path in checkpoints(self.folder)] if is_first else None)[0]
+        for path in (self.folder / name for name in names):
+            problems = [problem for problem in self.saver.gather(damage(path, self.saver.rank, self.saver.size)) if problem]
+            if not problems:
+                return path
+            if is_first:
+                warn(f"checkpoint {path} is damaged ({problems[0]}); falling back to the one before it")
+        return None
+
+
+def moment_names(name: str) -> list[str]:
+    """The names of a parameter's moments in the optimiser's files."""
+    return [f"{moment}.{name}" for moment in MOMENTS]
+
+
+def load_moments(checkpoint: Path, moments: dict[str, Piece]) -> dict[str, Any]:
+    """Fill pieces of the moments, cut as they may be, and return state.json."""
+    state = read_json(checkpoint / "state.json")
+    try:
+        read_into(checkpoint, "optimizer", moments)
+    except BadCheckpoint as error:
+        raise BadConfig(f"the optimiser of {checkpoint} does not fit the model: {error}; or delete the checkpoint") from error
+    return state
 
 
 def save_checkpoint(
@@ -36,82 +108,33 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep`. `state` is JSON, and comes back from `load_state`."""
-    final = folder / f"step-{step}"
-    temporary = folder / f"step-{step}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    huggingface.save(decoder, temporary, tokenizer, own_form=True)
-    save_file(_optimizer_tensors(decoder, optimizer), temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", state)
-    write_manifest(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    sync_folder(folder)
-    for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
-
-
-def write_manifest(folder: Path) -> None:
-    """Digest every file of `folder` into manifest.json, which certifies them and is written last."""
-    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    write_json(
-        folder / "manifest.json", {path.name: {"bytes": path.stat().st_size, "blake2b": _digest(path)} for path in files}
-    )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints under `folder`, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    """Write `folder/step-N` of a whole model, and remove all but the newest `keep`; `load_state` returns `state`."""
+    saver = Saver(None)
+    model = {name: Piece.of(parameter) for name, parameter in decoder.named_parameters()}
+    moments = {}
+    for name, parameter in decoder.named_parameters():
+        made = optimizer.state.get(parameter, {})
+        for moment in MOMENTS:
+            moments[f"{moment}.{name}"] = Piece.of(made[moment] if moment in made else torch.zeros_like(parameter))
+    Checkpoints(folder, saver, keep).save(step, decoder.config, tokenizer, state, model, moments)
+    saver.wait()
+    return folder / f"step-{step}"
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files match their digests; damaged ones are named through `warn`, and killed writes swept
-    away.
-    """
-    for leftover in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover)
-    for path in checkpoints(folder):
-        problem = damage(path)
-        if problem is None:
-            return path
-        warn(f"checkpoint {path} is damaged ({problem}); falling back to the one before it")
-    return None
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        manifest = read_json(checkpoint / "manifest.json")
-        entries = {name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read: {error}"
-    present = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
-    if present != set(entries):
-        return f"its files differ from the manifest's: {', '.join(sorted(present ^ set(entries)))}"
-    for name, (size, digest) in entries.items():
-        path = checkpoint / name
-        if path.stat().st_size != size or _digest(path) != digest:
-            return f"{name} does not match its digest"
-    return None
+    """`Checkpoints.latest` for one process."""
+    return Checkpoints(folder, Saver(None), keep=1).latest(warn)
 
 
 def load_state(checkpoint: Path, decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the optimiser's moments in place and return state.json."""
-    state = read_json(checkpoint / "state.json")
-    try:
-        with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as tensors:
-            for name, parameter in decoder.named_parameters():
-                moments = {moment: tensors.get_tensor(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(state["num_updates"])), **moments}
-    except SafetensorError as error:
-        raise BadConfig(f"{checkpoint}/optimizer.safetensors does not fit the model: {error}; delete the checkpoint") from error
+    """Give the optimiser of a whole model its moments, and return state.json."""
+    moments = {
+        name: Piece.of(torch.empty_like(parameter)) for of, parameter in decoder.named_parameters() for name in moment_names(of)
+    }
+    state = load_moments(checkpoint, moments)
+    for name, parameter in decoder.named_parameters():
+        made = {moment: moments[f"{moment}.{name}"].tensor for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state["num_updates"])), **made}
     return state
 
 
@@ -132,17 +155,3 @@ def load_start(folder: Path, device: torch.device) -> tuple[Decoder, ChatTokeniz
             "use the tokenizer the model was trained with"
         )
     return decoder, tokenizer
-
-
-def _optimizer_tensors(decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in decoder.named_parameters():
-        for moment in MOMENTS:
-            state = optimizer.state.get(parameter, {})
-            tensors[f"{moment}.{name}"] = state[moment] if moment in state else torch.zeros_like(parameter)
-    return tensors
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
