@@ -8,6 +8,7 @@ Parameters carry the Hugging Face names without the prefix `model.` (`layers.0.s
 Shapes: tokens [B, S]; packed documents are one row (B = 1) with `cu_seqlens` int32 [num_documents + 1].
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
@@ -23,6 +24,9 @@ from ..kernels.rope import rope, rope_tables
 from ..kernels.swiglu import swiglu
 from ..parallel.context import ContextBatch
 from .rope_scaling import AnyRopeScaling, scaled_rope_tables
+
+
+INITIAL_NUMBERS = 2**20  # that one generator gives: part of what a seed means
 
 
 class DecoderShape(BaseModel):
@@ -143,12 +147,7 @@ class _Norm(nn.Module):
     def __init__(self, width: int, config: DecoderConfig):
         super().__init__()
         self.zero_centred, self.eps = config.zero_centred_norms, config.norm_eps
-        self.weight = nn.Parameter(torch.full((width,), self.neutral))
-
-    @property
-    def neutral(self) -> float:
-        """The weight that multiplies by 1."""
-        return 0.0 if self.zero_centred else 1.0
+        self.weight = nn.Parameter(torch.full((width,), _neutral(config)))
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None):
         if residual is not None:
@@ -275,18 +274,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "Decoder":
-        """Normal(0, init_std) for every matrix, residual outputs divided by sqrt(2·num_layers) (GPT-2's rule), biases and
-        sinks 0, norms neutral.
-        """
+        """Fresh weights by `initial_values`, from a seed that the generator gives."""
+        seed = int(torch.randint(2**62, (), generator=generator))
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(self.norm.neutral)
-            elif parameter.ndim == 1:
-                parameter.zero_()
-            else:
-                is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = self.config.init_std / (2 * self.config.num_layers) ** 0.5 if is_residual_output else self.config.init_std
-                parameter.normal_(0.0, std, generator=generator)
+            shape = tuple(parameter.shape)
+            parameter.copy_(initial_values(self.config, name, seed, shape, (0,) * len(shape), shape))
         return self
 
     def forward(
@@ -347,12 +339,39 @@ class Decoder(nn.Module):
         return _Context(self._rotary(position_BS), cu_seqlens, shared, cache, position_BS, longest)
 
     def _rotary(self, position_BS: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
-        config, is_fp64 = self.config, self.embed_tokens.weight.dtype == torch.float64
+        config, is_fp64 = self.config, next(self.parameters()).dtype == torch.float64
         dtype = torch.float64 if is_fp64 else torch.float32
         tables = scaled_rope_tables(config.rope_scaling, position_BS, config.head_width, config.rope_theta, dtype)
         if config.local_rope_theta is None:
             return {False: tables, True: tables}
         return {False: tables, True: rope_tables(position_BS, config.head_width, config.local_rope_theta, dtype=dtype)}
+
+
+def initial_values(
+    config: DecoderShape, name: str, seed: int, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> Tensor:
+    """fp32 of this shape: the part at `offset` of a fresh parameter of shape `whole`. Normal(0, init_std) for every matrix,
+    residual outputs divided by sqrt(2·num_layers) (GPT-2's rule), biases and sinks 0, norms neutral. Blocks of rows have
+    generators of their own, so that no rank draws what it does not hold.
+    """
+    if len(shape) == 1:
+        return torch.full(shape, _neutral(config) if name.endswith("norm.weight") else 0.0)
+    is_residual_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = config.init_std / (2 * config.num_layers) ** 0.5 if is_residual_output else config.init_std
+    rows_per_block = max(1, INITIAL_NUMBERS // whole[1])
+    drawn = torch.empty(shape)
+    for first in range(offset[0] // rows_per_block * rows_per_block, offset[0] + shape[0], rows_per_block):
+        digest = hashlib.blake2b(f"{seed} {name} {first}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        rows = torch.empty(min(rows_per_block, whole[0] - first), whole[1]).normal_(0.0, std, generator=generator)
+        start, stop = max(first, offset[0]), min(first + rows_per_block, offset[0] + shape[0])
+        drawn[start - offset[0] : stop - offset[0]] = rows[start - first : stop - first, offset[1] : offset[1] + shape[1]]
+    return drawn
+
+
+def _neutral(config: DecoderShape) -> float:
+    """A norm's weight that multiplies by 1."""
+    return 0.0 if config.zero_centred_norms else 1.0
 
 
 def num_parameters(decoder: Decoder) -> int:

@@ -5,8 +5,8 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 
 | communication, M microbatches of T tokens, D wide, b a number | bytes a rank and stage                     |
 |---------------------------------------------------------------|--------------------------------------------|
-| forward: the branch and the residual stream to the next stage | 2·M·T·D·b                                  |
-| backward: their gradients to the previous one                 | 2·M·T·D·b                                  |
+| forward: the residual stream to the next stage                | M·T·D·b                                    |
+| backward: its gradient to the previous one                    | M·T·D·b                                    |
 | tied embeddings: one all-reduce a step, first and last stage  | V·D·b                                      |
 
 | schedule      | stages a rank | bubble of M microbatches over n ranks, predicted |
@@ -17,16 +17,16 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 | zbv           | 2             | none where forward and both gradients cost alike |
 
 **Source** GPipe, arXiv 1811.06965; PipeDream, arXiv 1806.03377; Megatron-LM, arXiv 2104.04473; zero bubble, arXiv 2401.10241.
-**Limits** Microbatches of one step have one shape: pack them to the same number of tokens, the rest past the last boundary.
-zero_bubble and zbv need torch 2.13 (2.11 fails, 2.12 was not tried). Every rank builds the whole decoder, and keeps it: what is
-saved is the other layers' gradients and moments. No bubble has been measured.
+**Limits** Rows of one step have one number of tokens: the rest lies past the last boundary. zero_bubble and zbv need torch 2.13
+(2.11 fails, 2.12 was not tried), and parameters that are not sharded: with FSDP2 below them, torch 2.13 gives wrong gradients
+without a word (seen: a norm 17 % off).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -88,14 +88,28 @@ def stages_of(schedule: str, rank: int, num_ranks: int, stages_per_rank: int) ->
     return [rank + turn * num_ranks for turn in range(stages_per_rank)]
 
 
+class Row(Protocol):
+    """One microbatch, a packed row, as this rank sees it. Every row of a step has as many tokens here."""
+
+    tokens: Tensor
+    cu_seqlens: Tensor | None
+    shared: Any
+
+
+Head = Callable[[int, Tensor, Tensor], Tensor]
+
+
 class Stage(nn.Module):
-    """Some of a decoder's layers, under their names in it. The last one's head gives the loss of a microbatch."""
+    """Some of a decoder's layers, under their names in it; the first has the embedding too, the last the final norm and the
+    output matrix."""
 
     decoder: Any
+    rows: Sequence[Row] = ()
+    head: Head
 
-    def __init__(self, decoder: Any, start: int, end: int, index: int, num_stages: int, head: Callable[..., Tensor]):
+    def __init__(self, decoder: Any, start: int, end: int, index: int, num_stages: int):
         super().__init__()
-        self.is_first, self.is_last, self.head = index == 0, index == num_stages - 1, head
+        self.index, self.is_first, self.is_last = index, index == 0, index == num_stages - 1
         # A guide, not a part: the decoder's other layers are no parameters of this stage.
         object.__setattr__(self, "decoder", decoder)
         self.layers = nn.ModuleDict({str(layer): decoder.layers[layer] for layer in range(start, end)})
@@ -106,92 +120,124 @@ class Stage(nn.Module):
             if not decoder.config.tie_embeddings:
                 self.lm_head = decoder.lm_head
 
-    def forward(self, *hidden: Tensor, tokens: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Any:
-        """`hidden`: the branch and the residual stream of the stage before; on the first, nothing. Rows are [1, …]."""
-        context = self.decoder.context(tokens, cu_seqlens[0])
-        branch: Any
-        branch, residual = hidden if hidden else (None, self.decoder.embed(tokens))
+    def forward(self, *hidden: Tensor, index: Tensor) -> Any:
+        """[1, …, D] of the stage before (on the first stage, nothing) to this one's, of row `index` of `rows`; on the last
+        stage to what `head(index, hidden_TD, output_weight_VD)` gives, as [1] where that is a scalar."""
+        number = int(index)  # schedules cut tensors alone
+        row = self.rows[number]
+        context = self.decoder.context(row.tokens[None], row.cu_seqlens, shared=row.shared)
+        branch, residual = None, hidden[0] if hidden else self.decoder.embed(row.tokens[None])
         for layer in self.layers.values():
             branch, residual = layer(branch, residual, context)
         if not self.is_last:
-            # The schedules detach in place what a stage gives, which a view refuses.
-            return tuple(x.clone() if x._is_view() else x for x in (branch, residual))
+            # The sum that the next norm begins with: one tensor travels, not two.
+            return residual + branch.to(residual.dtype)
         hidden_BSD, _ = self.norm(branch, residual)
-        return self.head(hidden_BSD[0], self.decoder.output_weight, labels[0])[None]
+        found = self.head(number, hidden_BSD[0], self.decoder.output_weight)
+        return found.expand(1).clone() if isinstance(found, Tensor) and found.dim() == 0 else found  # schedules refuse views
 
 
-class Batch(NamedTuple):
-    """M microbatches of a step, on every rank: tokens and targets [M, T], boundaries int32 [M, num_documents + 1], padded by
-    repeating the last one."""
-
-    tokens: Tensor
-    target: Tensor
-    cu_seqlens: Tensor
+def split(decoder: Any, group: dist.ProcessGroup, schedule: str, stages_per_rank: int = 1) -> list[Stage]:
+    """This rank's stages of a decoder, which then lets go of every other layer."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; expected one of {list(SCHEDULES)}")
+    if schedule in SPLIT and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        raise ValueError(f"schedule is {schedule!r} on torch {torch.__version__}; expected torch >= 2.13: use interleaved")
+    fixed = SCHEDULES[schedule][1]
+    stages_per_rank = stages_per_rank if fixed is None else fixed
+    num_stages = group.size() * stages_per_rank
+    config = decoder.config
+    # In products a token: a layer's matrices, and the output matrix; looking up an embedding costs none.
+    layer_cost = config.width * (2 * config.head_width * (config.num_heads + config.num_kv_heads) + 3 * config.mlp_width)
+    ranges = split_layers([layer_cost] * config.num_layers, 0.0, config.width * config.vocab_size, num_stages)
+    indices = stages_of(schedule, group.rank(), group.size(), stages_per_rank)
+    stages = [Stage(decoder, *ranges[index], index, num_stages) for index in indices]
+    # What no stage of this rank holds is a name without tensors.
+    del decoder.layers
+    decoder.layers = nn.ModuleDict({name: layer for stage in stages for name, layer in stage.layers.items()})
+    if not any(stage.is_last for stage in stages):
+        del decoder.norm
+        if not config.tie_embeddings:
+            del decoder.lm_head
+    if not any(hasattr(stage, "embed_tokens") for stage in stages):
+        del decoder.embed_tokens
+    return stages
 
 
 class Pipeline:
-    """A decoder's stages on this rank, and their schedule.
+    """A decoder's stages on this rank, and the schedule of a step of `num_rows` rows, whose hidden states between stages are
+    `hidden` (its shape, dtype and device)."""
 
-    `step(batch)` leaves gradients, and gives the sum of the microbatches' losses on the rank of the last stage, 0 on others.
-    """
-
-    def __init__(
-        self,
-        decoder: Any,
-        group: dist.ProcessGroup,
-        head: Callable[[Tensor, Tensor, Tensor], Tensor],
-        *,
-        schedule: str,
-        num_microbatches: int,
-        stages_per_rank: int = 1,
-    ):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {schedule!r}; expected one of {list(SCHEDULES)}")
-        if schedule in SPLIT and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-            raise ValueError(f"schedule is {schedule!r} on torch {torch.__version__}; expected torch >= 2.13: use interleaved")
+    def __init__(self, stages: Sequence[Stage], group: dist.ProcessGroup, schedule: str, num_rows: int, hidden: Tensor):
+        self.stages, self.num_rows = stages, num_rows
+        num_stages = group.size() * len(stages)
+        between = hidden.detach().requires_grad_()
+        loss = torch.zeros(1, dtype=statistics_dtype(hidden), device=hidden.device, requires_grad=True)
+        parts = [
+            PipelineStage(
+                stage, stage.index, num_stages, hidden.device, group=group,
+                input_args=() if stage.is_first else (between,), output_args=(loss if stage.is_last else between,),
+            )
+            for stage in stages
+        ]  # fmt: skip
         kind, fixed = SCHEDULES[schedule]
-        stages_per_rank = stages_per_rank if fixed is None else fixed
-        rank, num_ranks = group.rank(), group.size()
-        num_stages = num_ranks * stages_per_rank
-        config = decoder.config
-        # In products a token: a layer's matrices, and the output matrix; looking up an embedding costs none.
-        layer_cost = config.width * (2 * config.head_width * (config.num_heads + config.num_kv_heads) + 3 * config.mlp_width)
-        ranges = split_layers([layer_cost] * config.num_layers, 0.0, config.width * config.vocab_size, num_stages)
-        # In a V the first and the last stage are on one rank, and share the parameter itself.
-        self.group, self.sums_tied = group, config.tie_embeddings and num_ranks > 1 and schedule != "zbv"
-        device = decoder.embed_tokens.weight.device
-        self.stages, self.modules = [], []
-        for index in stages_of(schedule, rank, num_ranks, stages_per_rank):
-            module = Stage(decoder, *ranges[index], index, num_stages, head)
-            self.modules.append(module)
-            self.stages.append(PipelineStage(module, index, num_stages, device, group=group))
-        given = self.stages[0] if fixed == 1 else self.stages
-        self.schedule = kind(given, num_microbatches, loss_fn=_loss, scale_grads=False)
-        self.holds_first = any(module.is_first for module in self.modules)
-        self.holds_last = any(module.is_last for module in self.modules)
-        self.embedding = decoder.embed_tokens.weight
+        self.schedule = kind(parts[0] if fixed == 1 else parts, num_rows, loss_fn=_loss, scale_grads=False)
+        self.holds_last = any(stage.is_last for stage in stages)
 
-    def step(self, batch: Batch) -> Tensor:
-        losses: list[Tensor] = []
-        keywords = {"tokens": batch.tokens, "cu_seqlens": batch.cu_seqlens, "labels": batch.target}
+    def step(self, rows: Sequence[Row], head: Head) -> None:
+        """Leaves gradients of the sum over rows of `head(index, hidden_TD, output_weight_VD)`, a scalar made on the last
+        stage."""
+        index = torch.arange(self.num_rows)
+        for stage in self.stages:
+            stage.rows, stage.head = rows, head
         if self.holds_last:
-            self.schedule.step(target=batch.target, losses=losses, return_outputs=False, **keywords)
+            self.schedule.step(index=index, target=index, losses=[], return_outputs=False)
         else:
-            self.schedule.step(return_outputs=False, **keywords)
-        if self.sums_tied:
-            self._add_tied_gradients()
-        total = torch.zeros((), device=batch.tokens.device, dtype=self.embedding.dtype)
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses else total
+            self.schedule.step(index=index, return_outputs=False)
 
-    def _add_tied_gradients(self) -> None:
-        """Of the embedding on the first stage and the output matrix on the last; the others take part with zeros."""
-        is_here = self.holds_first or self.holds_last
-        gradient = self.embedding.grad if is_here and self.embedding.grad is not None else torch.zeros_like(self.embedding)
-        dist.all_reduce(gradient, group=self.group)
-        if is_here:
-            self.embedding.grad = gradient
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:
     """The stage's head has made it already."""
     return output.sum()
+
+
+def forward(
+    stages: Sequence[Stage], group: dist.ProcessGroup, rows: Sequence[Row], head: Head, hidden: Tensor, places: Sequence[int]
+) -> list[Any]:
+    """What `head(index, hidden_TD, output_weight_VD)` gives for each row, on the rank of the last stage; elsewhere nothing.
+
+    All rows pass a stage before any passes the rank's next one. `places`: which rank of the group holds each stage.
+    """
+    mine = {stage.index: stage for stage in stages}
+    for stage in stages:
+        stage.rows, stage.head = rows, head
+    found: list[Any] = []
+    waiting: list[Any] = []
+    passed: list[Tensor] = []
+    rank = group.rank()
+    for index, owner in enumerate(places):
+        if owner != rank:
+            continue
+        given, passed = passed, []
+        for number in range(len(rows)):
+            inputs: tuple[Tensor, ...] = ()
+            if index > 0 and places[index - 1] == rank:
+                inputs = (given[number],)
+            elif index > 0:
+                received = torch.empty_like(hidden)
+                dist.recv(received, group=group, group_src=places[index - 1])
+                inputs = (received,)
+            output = mine[index](*inputs, index=torch.tensor(number))
+            if mine[index].is_last:
+                found.append(output)
+            elif places[index + 1] == rank:
+                passed.append(output)
+            else:
+                waiting.append((dist.isend(output, group=group, group_dst=places[index + 1]), output))
+    for work, _ in waiting:
+        work.wait()
+    return found

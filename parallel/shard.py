@@ -45,22 +45,32 @@ def apply(
     """
     if mesh.ndim not in (1, 2):
         raise ValueError(f"received a mesh of {mesh.ndim} axes; expected shard, or replicate and shard: slice the mesh")
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; expected one of {list(RECOMPUTE)}")
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
-    for layer in model.layers:
-        for module in recomputed(layer, recompute):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    recompute_layers(model, recompute)
+    for layer in layers_of(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # not all backends scale while they sum
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    return list(model.layers.values() if isinstance(model.layers, nn.ModuleDict) else model.layers)
+
+
+def recompute_layers(model: Any, recompute: str) -> None:
+    """Makes these parts of every layer keep no activations."""
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute is {recompute!r}; expected one of {list(RECOMPUTE)}")
+    for layer in layers_of(model):
+        for module in recomputed(layer, recompute):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def recomputed(layer: Any, recompute: str) -> list[nn.Module]:

@@ -212,7 +212,7 @@ def _hook(model: Any, group: dist.ProcessGroup) -> None:
     num_tokens = [0]
 
     def remember(module: nn.Module, arguments: tuple) -> None:
-        num_tokens[0] = arguments[0].shape[1]
+        num_tokens[0] = arguments[2].position_BS.shape[1]
 
     def gather(module: nn.Module, arguments: tuple) -> tuple:
         return _Gather.apply(arguments[0], group, num_tokens[0]), *arguments[1:]
@@ -223,7 +223,8 @@ def _hook(model: Any, group: dist.ProcessGroup) -> None:
     def gather_normed(module: nn.Module, arguments: tuple, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return _Gather.apply(outputs[0], group, num_tokens[0]), outputs[1]
 
-    model.register_forward_pre_hook(remember)
+    for layer in model.layers:
+        layer.register_forward_pre_hook(remember)
     for block in _blocks(model):
         block.register_forward_pre_hook(gather)
         block.register_forward_hook(scatter)
