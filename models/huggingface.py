@@ -139,7 +139,7 @@ def _check(folder: Path, stored: dict[str, Stored], shape: dict[str, tuple[int, 
             "remove it or correct config.json"
         )
     for name, expected in shape.items():
-        path, received, kind = stored[name]
+        path, received, kind, _ = stored[name]
         if received != expected:
             raise BadCheckpoint(
                 f"{path}: tensor {name} has shape {list(received)}, not config.json's {list(expected)}; correct either"

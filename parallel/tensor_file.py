@@ -37,6 +37,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
@@ -183,8 +184,9 @@ def _write_piece(descriptor: int, place: Place, piece: Piece) -> None:
     content = flat.view(torch.uint8).numpy().data
     length, starts = runs(tuple(piece.tensor.shape), piece.shape, piece.offset)
     size = place.whole.dtype.itemsize
+    length *= size
     for number, start in enumerate(starts):
-        rest, position = content[number * length * size : (number + 1) * length * size], place.start + start * size
+        rest, position = content[number * length : (number + 1) * length], place.start + start * size
         while rest:  # a call may write less than it was given, and Linux's at most 2 GiB
             written = os.pwrite(descriptor, rest, position)
             rest, position = rest[written:], position + written
@@ -215,11 +217,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class Stored(NamedTuple):
-    """A tensor of a folder, by its file's header."""
+    """A tensor of a folder, by its file's header; `start` is its first byte, counted from the file's."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -259,13 +262,27 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, Stored]:
     """Every tensor of the folder's `stem` files, from their headers alone."""
     stored: dict[str, Stored] = {}
     for path in weight_files(folder, stem):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name in stored:
-                    raise BadCheckpoint(f"{path}: tensor {name} is also in {stored[name].path.name}; keep one of them")
-                view = file.get_slice(name)
-                stored[name] = Stored(path, tuple(view.get_shape()), view.get_dtype())
+        for name, entry in _header(path).items():
+            if name in stored:
+                raise BadCheckpoint(f"{path}: tensor {name} is also in {stored[name].path.name}; keep one of them")
+            stored[name] = entry
     return stored
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, framework="np"):  # checks the whole header against the file's size, and reads no tensor
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def read_into(folder: Path, stem: str, pieces: dict[str, Piece]) -> None:
@@ -282,21 +299,33 @@ def read_into(folder: Path, stem: str, pieces: dict[str, Piece]) -> None:
     read_pieces(stored, pieces)
 
 
-@torch.no_grad()
 def read_pieces(stored: dict[str, Stored], pieces: dict[str, Piece]) -> None:
-    """`read_into` for names and shapes that were compared with `stored`. The files are mapped, and rectangles copied to
-    their device and dtype, so at most one tensor is held beside the pieces.
+    """`read_into` for names and shapes that were compared with `stored`.
+
+    Holds one piece in host memory where it is elsewhere, strided, or of another dtype, and nothing otherwise.
     """
     for path in sorted({stored[name].path for name in pieces}):
-        with _opened(path) as file:
-            for name, piece in pieces.items():
-                if stored[name].path == path and piece.tensor.numel():
-                    edges = zip(piece.offset, piece.tensor.shape, strict=True)
-                    piece.tensor.copy_(file.get_slice(name)[tuple(slice(start, start + size) for start, size in edges)])
+        names = [name for name in pieces if stored[name].path == path]
+        with _naming(path), path.open("rb", buffering=0) as opened:
+            for name in sorted(names, key=lambda name: stored[name].start):
+                if stored[name].dtype not in _BY_NAME:
+                    raise BadCheckpoint(f"{path}: tensor {name} has dtype {stored[name].dtype}; cast it to a plain one")
+                _read_piece(opened.fileno(), stored[name], pieces[name])
 
 
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
+@torch.no_grad()
+def _read_piece(descriptor: int, stored: Stored, piece: Piece) -> None:
+    tensor, dtype = piece.tensor.detach(), _BY_NAME[stored.dtype]
+    fits = tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous()
+    host = tensor if fits else torch.empty(tensor.shape, dtype=dtype)
+    content = host.reshape(-1).view(torch.uint8).numpy().data
+    length, starts = runs(tuple(tensor.shape), piece.shape, piece.offset)
+    length *= dtype.itemsize
+    for number, start in enumerate(starts):
+        rest, position = content[number * length : (number + 1) * length], stored.start + start * dtype.itemsize
+        while rest:
+            if not (read := os.preadv(descriptor, [rest], position)):
+                raise BadCheckpoint(f"{stored.path}: ended at byte {position} while it was read; copy or download it again")
+            rest, position = rest[read:], position + read
+    if not fits:
+        tensor.copy_(host)
