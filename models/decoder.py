@@ -25,7 +25,6 @@ from ..kernels.swiglu import swiglu
 from ..parallel.context import ContextBatch
 from .rope_scaling import AnyRopeScaling, scaled_rope_tables
 
-
 INITIAL_NUMBERS = 2**20  # that one generator gives: part of what a seed means
 
 

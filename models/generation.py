@@ -43,8 +43,9 @@ def generate(
     """One completion per prompt, in the order of `prompts` (token ids, none empty).
 
     `decoder`: a Decoder, or what stands for one (`parallel/gather.py`). `uniform`: numbers in [0, 1), [prompts, max_new_tokens]
-    on the host, that decide each token (default: drawn here). temperature 0 takes the most likely token, and reports log-probabilities at temperature 1. Log-probabilities are fp64 for an
-    fp64 decoder, else fp32. `cache_dtype` defaults to the decoder's.
+    on the host, that decide each token (default: drawn here). temperature 0 takes the most likely token, and reports
+    log-probabilities at temperature 1. Log-probabilities are fp64 for an fp64 decoder, else fp32. `cache_dtype` defaults to the
+    decoder's.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}; use 0 for the most likely token or a positive number")

@@ -77,7 +77,9 @@ class WholeDecoder:
         model = self.model
         if model.pipeline_group is None:
             return dict.fromkeys(model.whole_shapes, 0)
-        here = torch.tensor([float(name in dict(model.named_parameters())) for name in model.whole_shapes], device=model.mesh.device)
+        here = torch.tensor(
+            [float(name in dict(model.named_parameters())) for name in model.whole_shapes], device=model.mesh.device
+        )
         parts = [torch.empty_like(here) for _ in range(model.pipeline_group.size())]
         dist.all_gather(parts, here, group=model.pipeline_group)
         return dict(zip(model.whole_shapes, torch.stack(parts).argmax(0).tolist(), strict=True))

@@ -6,10 +6,9 @@ Axes, outermost first: `pipeline` (layers), `replicate` and `shard` (a step's wo
 | collective                          | ranks            | bytes a rank                          |
 |-------------------------------------|------------------|---------------------------------------|
 | `sum`, `max`: a few host numbers    | all              | 8 a number                            |
-| `gather`: what a rank has in JSON   | a model group    | the longest rank's, from every rank   |
+| `gather`: what ranks have, as JSON  | of some axes     | the longest one's, from every rank    |
 
-A collective that waits longer than the timeout ends its job. So that the rank to blame has a name, every process notes once a
-second, in the launcher's store, that it lives and which step it is in, and watches the rank behind it.
+A collective that waits longer than the timeout ends its job; `watch.py` gives the rank to blame its name.
 """
 
 from __future__ import annotations
@@ -19,10 +18,6 @@ import itertools
 import json
 import math
 import os
-import socket
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,10 +27,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
-BEAT_SECONDS = 1.0
-EXIT_FAILED = 4
+from .watch import Watch
+
+TOGETHER = ("pipeline", "context", "tensor")  # the ranks that compute the same work items together
 
 
 class Sizes(NamedTuple):
@@ -54,6 +51,9 @@ class Sizes(NamedTuple):
     def __str__(self) -> str:
         given = [f"{axis}={size}" for axis, size in self._asdict().items() if size > 1]
         return ", ".join(given) or "one process"
+
+
+ALONE = Sizes()
 
 
 def nearest_sizes(wanted: Sizes, num_ranks: int, is_legal: Callable[[Sizes], bool] = lambda sizes: True) -> Sizes | None:
@@ -142,9 +142,12 @@ class Mesh:
             self.groups[axes] = self.new_group(ranks)
         return self.groups[axes]
 
-    def new_group(self, ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    def new_group(
+        self, ranks: Sequence[int], backend: str | None = None, timeout: datetime.timedelta | None = None
+    ) -> dist.ProcessGroup:
         """A group of these ranks, made by them alone."""
-        group = dist.new_group(list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True)
+        timeout = timeout or self.timeout
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
         return group
 
@@ -185,28 +188,31 @@ class Mesh:
 
     def share(self, items: list) -> list:
         """This rank's part of a step's work items: every `num_data`-th."""
-        return items[self.data_rank :: self.num_data]
+        return self.deal(items, "replicate", "shard")
 
-    def share_among_all(self, items: list) -> list:
-        """As `share`, cut further over the ranks that compute these items together: for work that each can do alone."""
-        ranks = self.ranks("pipeline", "context", "tensor")
-        return self.share(items)[ranks.index(self.rank) :: len(ranks)]
+    def shares(self, items: list) -> list[list]:
+        """Every data rank's part."""
+        return [items[rank :: self.num_data] for rank in range(self.num_data)]
 
-    def gather(self, values: list) -> list:
-        """The inverse of cutting `share` further: what every rank of a model group has for its part, in the share's order.
-        Travels as JSON."""
-        group, ranks = self.group("pipeline", "context", "tensor"), self.ranks("pipeline", "context", "tensor")
+    def deal(self, items: list, *axes: str) -> list:
+        """Every n-th of the items, over the n ranks that differ on these axes alone."""
+        ranks = self.ranks(*axes)
+        return items[ranks.index(self.rank) :: len(ranks)]
+
+    def gather(self, values: list, *axes: str) -> list:
+        """The inverse of `deal`: what every one of these ranks has for its part, in the items' order. Travels as JSON."""
+        group = self.group(*axes)
         if group is None:
             return values
         data = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8).copy()
         lengths = _all_gather(torch.tensor([len(data)], device=self.device), group)
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=self.device)
         padded[: len(data)] = torch.from_numpy(data).to(self.device)
-        parts = _all_gather(padded, group).cpu().numpy()
-        found = [json.loads(parts[r, : int(lengths[r, 0])].tobytes()) for r in range(len(ranks))]
-        whole: list = [None] * sum(map(len, found))
-        for r, part in enumerate(found):
-            whole[r :: len(ranks)] = part
+        rows = _all_gather(padded, group).cpu().numpy()
+        parts = [json.loads(row[: int(length)].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+        whole: list = [None] * sum(map(len, parts))
+        for index, part in enumerate(parts):
+            whole[index :: len(parts)] = part
         return whole
 
     def barrier(self) -> None:
@@ -242,81 +248,6 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.stack(parts)
 
 
-class FirstFailed(Exception):
-    """The first rank failed at what the others waited for; it says why itself."""
-
-
-class Watch:
-    """Beats once a second in the launcher's store, and ends the process when the rank behind it has been silent too long."""
-
-    def __init__(self, rank: int, size: int, timeout: datetime.timedelta, store: dist.Store, own: dist.Store):
-        self.rank, self.size, self.seconds, self.store, self.own = rank, size, 0.9 * timeout.total_seconds(), store, own
-        self.where, self.turns, self.beats = "start", 0, 0
-        self.stopped = threading.Event()
-        self.beat(own)
-        self.thread = threading.Thread(target=self._run, name="warpline-watch", daemon=True)
-        self.thread.start()
-
-    def beat(self, store: dist.Store) -> None:
-        self.beats += 1
-        store.set(f"beat/{self.rank}", f"{self.beats} {socket.gethostname()} {self.where}")
-
-    def _run(self) -> None:
-        behind = (self.rank + 1) % self.size
-        last, since = "", time.monotonic()
-        while not self.stopped.wait(BEAT_SECONDS):
-            try:
-                self.beat(self.own)
-                seen = self._seen(self.own, behind)
-            except RuntimeError:  # the store is gone with its launcher, and with it whom to tell
-                return
-            if seen != last:
-                last, since = seen, time.monotonic()
-            elif time.monotonic() - since > self.seconds and not seen.startswith("ended"):
-                print(f"warpline: {self.describe([behind])}; ending the job", file=sys.stderr, flush=True)
-                os._exit(EXIT_FAILED)
-
-    def _seen(self, store: dist.Store, rank: int) -> str:
-        key = f"beat/{rank}"
-        return store.get(key).decode() if store.check([key]) else "0 ? start"
-
-    def silent(self) -> list[int]:
-        """The ranks that do not beat: takes 3 seconds."""
-        try:
-            before = [self._seen(self.store, rank) for rank in range(self.size)]
-            time.sleep(3 * BEAT_SECONDS)
-            after = [self._seen(self.store, rank) for rank in range(self.size)]
-        except RuntimeError:
-            return []
-        return [rank for rank in range(self.size) if before[rank] == after[rank] and rank != self.rank]
-
-    def describe(self, ranks: Sequence[int]) -> str:
-        """Who is silent, on which host, and where each was when it was last heard of."""
-        parts = []
-        for rank in ranks:
-            _, host, where = self._seen(self.store if threading.current_thread() is not self.thread else self.own, rank).split(" ", 2)
-            parts.append(f"rank {rank} on {host} is gone or stopped, last seen in {where}")
-        return "; ".join(parts)
-
-    def next_turn(self) -> str:
-        self.turns += 1
-        return f"turn/{self.turns}"
-
-    def wait_for(self, turn: str) -> None:
-        while not self.store.check([turn]):
-            time.sleep(0.05)
-        if self.store.get(turn) != b"done":
-            raise FirstFailed("the first rank failed")
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.thread.join()
-        try:
-            self.own.set(f"beat/{self.rank}", f"ended - {self.where}")
-        except RuntimeError:
-            return
-
-
 def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -327,7 +258,7 @@ def this_device() -> torch.device:
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start_mesh(sizes: Sizes, timeout_seconds: float = 100.0) -> Mesh:
+def start_mesh(sizes: Sizes = ALONE, timeout_seconds: float = 100.0) -> Mesh:
     """Join the processes that torchrun started (or be alone); the sizes must multiply to their number."""
     size, rank = num_processes(), int(os.environ.get("RANK", "0"))
     if sizes.product != size:
@@ -357,7 +288,7 @@ def _watch(rank: int, size: int, timeout: datetime.timedelta) -> Watch:
     """Its thread has a connection of its own: a store's client serves one call at a time."""
     attempt = f"warpline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    stores = [dist.PrefixStore(attempt, dist.TCPStore(host, port, is_master=False, timeout=timeout)) for _ in range(2)]
+    stores = [PrefixStore(attempt, TCPStore(host, port, is_master=False, timeout=timeout)) for _ in range(2)]
     return Watch(rank, size, timeout, *stores)
 
 

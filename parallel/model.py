@@ -5,8 +5,8 @@ gradients up over ranks, and `pieces` says which part of which tensor lies here 
 need no more). Order: layers over `pipeline`, matrices over `tensor`, then every parameter over `shard` and `context`; where
 `shard` is 1, gradients are summed over `replicate` and `context` once an update.
 
-A row is cut over `context` alone. Every rank of a model group (those that differ in `pipeline`, `context`, `tensor`) is given the
-same rows; where parameters are sharded, groups with fewer rows take part with empty ones, as its collectives need all.
+A row is cut over `context` alone. Every rank of a model group (those that differ in `pipeline`, `context`, `tensor`) is given
+the same rows; where parameters are sharded, groups with fewer rows take part with empty ones, as its collectives need all.
 
 | collective, once an update, P parameters here    | ranks                     | bytes a rank   |
 |--------------------------------------------------|---------------------------|----------------|
@@ -42,9 +42,12 @@ class Packed(Protocol):
     """A packed row on the host: tokens and targets int64 [T] (targets below 0 are ignored), boundaries int32
     [num_sequences + 1]."""
 
-    tokens_T: Tensor
-    target_T: Tensor
-    cu_seqlens: Tensor
+    @property
+    def tokens_T(self) -> Tensor: ...
+    @property
+    def target_T(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,25 @@ class View:
     def cu_seqlens(self) -> Tensor | None:
         return self.bounds if self.shared is None else None
 
-    def local(self, values_T: Tensor) -> Tensor:
-        """Of numbers about all the row's tokens, those about the tokens here."""
-        values_T = values_T.to(self.tokens.device)
+    @property
+    def places(self) -> Tensor:
+        """int64 [t]: where in the row the tokens here stand."""
         if self.shared is None:
-            return nn.functional.pad(values_T, (0, len(self.tokens) - len(values_T)))
-        return self.shared.local(nn.functional.pad(values_T, (0, self.shared.layout.num_tokens - len(values_T))))
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.shared.layout.index(self.shared.rank).to(self.tokens.device)
+
+    def local(self, values_T: Tensor) -> Tensor:
+        """Of numbers about all the row's tokens [T, …], those about the tokens here; 0 where the row is padded."""
+        num_tokens = len(self.tokens) if self.shared is None else self.shared.layout.num_tokens
+        missing = [0, 0] * (values_T.dim() - 1) + [0, num_tokens - len(values_T)]
+        return nn.functional.pad(values_T.to(self.tokens.device), missing)[self.places]
 
     def sequence_sum(self, values_T: Tensor) -> Tensor:
         """[num_sequences]: sums over each sequence's tokens, wherever they lie; differentiable."""
         return sequence_sum(values_T, self.bounds, group=None if self.shared is None else self.shared.group)
 
     def once(self, x: Tensor) -> Tensor:
-        """A number about whole sequences, which every rank of `context` has: zero on all but one, so that sums count it once."""
+        """A number about whole sequences, which every rank of `context` has: zero on all but one, so that a sum has it once."""
         return x if self.shared is None or self.shared.rank == 0 else torch.zeros_like(x)
 
 
@@ -108,7 +117,7 @@ class ParallelModel:
         self,
         decoder: Any,
         mesh: Mesh,
-        techniques: Techniques = Techniques(),  # noqa: B008 (frozen)
+        techniques: Techniques = Techniques(),
         options: Callable[[], dict[str, Any]] = dict,
         precision: Callable[[], AbstractContextManager] = nullcontext,
     ):
@@ -144,10 +153,15 @@ class ParallelModel:
         if next(decoder.parameters()).is_meta:
             for module in roots:
                 module.to_empty(device="cpu" if techniques.offload and self.is_sharded else mesh.device)
-        self.hidden_dtype = techniques.gather_dtype or dtype
+        self.hidden_dtype = (techniques.gather_dtype if self.is_sharded else None) or dtype
         self.schedules: dict[tuple[int, int], pipeline.Pipeline] = {}
 
     # ---- What lies here ----
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank has every parameter."""
+        return not self.stages and self.tensor_shards is None and not self.is_sharded
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters under the decoder's names, a tied one once."""
@@ -156,7 +170,7 @@ class ParallelModel:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
-    def pieces(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()) -> dict[str, Piece]:
+    def pieces(self, of: Callable[[nn.Parameter], Any] = lambda parameter: parameter.detach()) -> dict[str, Piece]:
         """Which part of each whole tensor lies here; `of` a parameter gives another tensor of its shape (gradient, moment)."""
         return {name: self.piece(name, of(parameter)) for name, parameter in self.named_parameters()}
 
@@ -166,6 +180,13 @@ class ParallelModel:
         writes = place.replicate == 0 and (place.tensor == 0 or is_cut) and (place.context == 0 or self.is_sharded)
         is_second = self.tied_group is not None and name == "embed_tokens.weight" and place.pipeline != 0
         return Piece(local(x).detach(), self.whole_shapes[name], offset, writes and not is_second)
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """Which rows of the output matrix losses see here."""
+        name = "embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
+        cut = None if self.tensor_shards is None else self.tensor_shards.parts[name]
+        return (0, self.config.vocab_size) if cut is None else cut[1][self.mesh.place.tensor]
 
     def is_cut(self, name: str) -> bool:
         return self.tensor_shards is not None and self.tensor_shards.parts[name] is not None
@@ -216,10 +237,16 @@ class ParallelModel:
                 with self.precision():
                     loss = self._forward(view, whole_head)
                 loss.backward()
-        # Ranks of one tensor group have the same numbers: the first one's count. The device is read here, once.
+        return self._summed(numbers, num_numbers)
+
+    def totals(self, rows: Sequence[Packed], head: Callable[[View, Tensor, Tensor], Tensor], num_numbers: int) -> list[float]:
+        """What `head` gives ([n]), summed over rows and all ranks, without gradients."""
+        return self._summed(self.evaluate(rows, head), num_numbers)
+
+    def _summed(self, numbers: Sequence[Tensor], num_numbers: int) -> list[float]:
+        """Ranks of one tensor group have the same numbers: the first one's count. The device is read here, once."""
         is_counted = bool(numbers) and self.mesh.place.tensor == 0
-        summed = torch.stack(numbers).double().sum(0).tolist() if is_counted else [0.0] * num_numbers
-        return self.mesh.sum(summed)
+        return self.mesh.sum(torch.stack(list(numbers)).double().sum(0).tolist() if is_counted else [0.0] * num_numbers)
 
     def evaluate(self, rows: Sequence[Packed], head: Callable[[View, Tensor, Tensor], M]) -> list[M]:
         """What `head` gives for each row, without gradients; on ranks of other pipeline stages than the last, nothing."""
@@ -233,8 +260,9 @@ class ParallelModel:
                 found = [self._forward(view, whole_head) for view in views]
             else:
                 places = {index: rank for rank in range(self.pipeline_group.size()) for index in self._stages_of(rank)}
+                owners = [places[index] for index in sorted(places)]
                 found = pipeline.forward(
-                    self.stages, self.pipeline_group, views, whole_head, self._between(views), [places[i] for i in sorted(places)]
+                    self.stages, self.pipeline_group, views, whole_head, self._between(views), owners
                 )  # fmt: skip
         return found[:num_real]
 
@@ -264,12 +292,14 @@ class ParallelModel:
             count = -(-max(count, len(self.stages) * self.pipeline_group.size()) // self.pipeline_group.size())
             count *= self.pipeline_group.size()
         num_tokens = max((len(row.tokens_T) for row in rows), default=2 * self.mesh.sizes.context)
-        is_padded = self.pipeline_group is not None
+        padded = num_tokens if self.pipeline_group is not None else 0
         with self.precision():
             options = self.options() | ({} if self.tensor_shards is None else self.tensor_shards.head)
-        views = [self._view(i, row.tokens_T, row.target_T, row.cu_seqlens, num_tokens * is_padded, options) for i, row in enumerate(rows)]
-        empty = torch.zeros(num_tokens, dtype=torch.int64), torch.full((num_tokens,), -100), torch.tensor([0, num_tokens], dtype=torch.int32)
-        return views + [self._view(i, *empty, 0, options) for i in range(len(rows), count)], len(rows)
+        given = [(row.tokens_T, row.target_T, row.cu_seqlens) for row in rows]
+        zeros = torch.zeros(num_tokens, dtype=torch.int64)
+        empty = (zeros, torch.full_like(zeros, -100), torch.tensor([0, num_tokens], dtype=torch.int32))
+        given += [empty] * (count - len(rows))
+        return [self._view(index, *row, padded, options) for index, row in enumerate(given)], len(rows)
 
     def _view(self, index: int, tokens: Tensor, target: Tensor, bounds: Tensor, num_tokens: int, options: dict) -> View:
         """Of one row, padded behind its last boundary to `num_tokens`."""
@@ -297,7 +327,9 @@ class ParallelModel:
             if len(self.schedules) == 4:
                 self.schedules.pop(next(iter(self.schedules)))
             between = self._between(views)
-            self.schedules[key] = pipeline.Pipeline(self.stages, self.pipeline_group, self.techniques.schedule, len(views), between)
+            self.schedules[key] = pipeline.Pipeline(
+                self.stages, self.pipeline_group, self.techniques.schedule, len(views), between
+            )
         return self.schedules[key]
 
     def _stages_of(self, rank: int) -> list[int]:

@@ -91,9 +91,12 @@ def stages_of(schedule: str, rank: int, num_ranks: int, stages_per_rank: int) ->
 class Row(Protocol):
     """One microbatch, a packed row, as this rank sees it. Every row of a step has as many tokens here."""
 
-    tokens: Tensor
-    cu_seqlens: Tensor | None
-    shared: Any
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+    @property
+    def shared(self) -> Any: ...
 
 
 Head = Callable[[int, Tensor, Tensor], Tensor]
@@ -126,7 +129,8 @@ class Stage(nn.Module):
         number = int(index)  # schedules cut tensors alone
         row = self.rows[number]
         context = self.decoder.context(row.tokens[None], row.cu_seqlens, shared=row.shared)
-        branch, residual = None, hidden[0] if hidden else self.decoder.embed(row.tokens[None])
+        branch: Any = None
+        residual = hidden[0] if hidden else self.decoder.embed(row.tokens[None])
         for layer in self.layers.values():
             branch, residual = layer(branch, residual, context)
         if not self.is_last:

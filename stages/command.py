@@ -17,6 +17,7 @@ import typer
 from ..data.record import BadData
 from ..models.huggingface import BadCheckpoint
 from ..parallel.mesh import Mesh, end_mesh, start_mesh
+from ..parallel.watch import FirstFailed
 from . import data, distill, doctor, evaluate, line, preference, pretrain, rl, sft
 from .parts.checkpoint import checkpoints, load_start, save_checkpoint
 from .parts.config import BadConfig, Config, load_config
@@ -45,15 +46,17 @@ class Outcome:
 
     def __init__(self, run: RunFolder | None = None):
         self.run = run
+        self.mesh: Mesh | None = None
 
     def __enter__(self) -> "Outcome":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        end_mesh()
         if kind is SystemExit:
+            end_mesh(self.mesh)
             return
         reason, code = self._judge(error)
+        end_mesh(self.mesh)
         if self.run is not None and (self.run.path / "config.json").exists():
             self.run.end(reason)
         if error is not None:
@@ -71,6 +74,13 @@ class Outcome:
         if isinstance(error, NonFinite):
             print(f"warpline: {error}", file=sys.stderr)
             return "non-finite", EXIT_FAILED
+        if isinstance(error, FirstFailed):
+            return "failed: the first rank", EXIT_FAILED
+        watch = None if self.mesh is None else self.mesh.watch
+        silent = [] if watch is None else watch.silent()
+        if watch is not None and silent:
+            print(f"warpline: {watch.describe(silent)}; start it again to go on from the last checkpoint", file=sys.stderr)
+            return f"rank {silent[0]} was lost", EXIT_FAILED
         traceback.print_exception(error)
         return f"failed: {type(error).__name__}", EXIT_FAILED
 
@@ -85,18 +95,17 @@ def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: l
     outcome = Outcome()
     with outcome:
         config = load_config(kind, path, overrides or [])
-        mesh = _mesh(config)
+        outcome.mesh = mesh = _mesh(config)
         run = RunFolder(run_path or Path("runs") / path.stem, writes=mesh.is_first)
-        if mesh.is_first:
-            run.open(config, verb)
+        mesh.on_first(lambda: run.open(config, verb))
         outcome.run = run
-        mesh.barrier()
         work(config, run, mesh, StopSignal().install())
 
 
 def _mesh(config: Config) -> Mesh:
     try:
-        return start_mesh(config.parallel.replicate if hasattr(config, "parallel") else 1)
+        parallel = getattr(config, "parallel", None)
+        return start_mesh() if parallel is None else start_mesh(parallel.sizes, parallel.timeout_seconds)
     except ValueError as error:
         raise BadConfig(str(error)) from error
 
@@ -119,7 +128,9 @@ def _whole_line(config: line.LineConfig, run: RunFolder, mesh: Mesh, stop: StopS
 
 
 def _data(config: data.DataStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:
-    print(data.main(config, run, mesh))
+    folder = data.main(config, run, mesh)
+    if mesh.is_first:
+        print(folder)
 
 
 def _evaluate(config: evaluate.EvaluateStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> None:

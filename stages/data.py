@@ -67,14 +67,18 @@ class DataStageConfig(DataConfig):
 def main(config: DataStageConfig, run: RunFolder, mesh: Mesh) -> Path:
     """Make RUN/data unless RUN/data.json says that it is done; returns RUN/data."""
     folder = run.path / "data"
-    if mesh.is_first and not (run.path / "data.json").exists():
-        with StageProgress("data", 4) as progress:
-            _make(config, run, folder, progress)
-    mesh.barrier()
+    mesh.note("data")
+    if not (run.path / "data.json").exists():
+        mesh.on_first(lambda: _make(config, run, folder))
     return folder
 
 
-def _make(config: DataStageConfig, run: RunFolder, folder: Path, progress: StageProgress) -> None:
+def _make(config: DataStageConfig, run: RunFolder, folder: Path) -> None:
+    with StageProgress("data", 4) as progress:
+        _make_files(config, run, folder, progress)
+
+
+def _make_files(config: DataStageConfig, run: RunFolder, folder: Path, progress: StageProgress) -> None:
     documents, counts = deduplicate(_collect(config.text), threshold=config.near_duplicate_threshold)
     train, held_out = split(documents, config.held_out_fraction, config.seed)
     held_out = _excerpts(held_out, config.held_out_bytes)

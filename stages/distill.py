@@ -7,32 +7,30 @@ Writes  RUN/checkpoints/distill/step-N, RUN/metrics.jsonl
 Expect  loss = divergence_weight · divergence + label_weight · cross-entropy, each a mean in nats per counted token
 """
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from torch import Tensor
 
 from ..data.conversation import read_supervised
 from ..data.packing import PackedBatch
-from ..data.tokenizer import ChatTokenizer
 from ..kernels.linear_divergence import linear_divergence
-from ..models.decoder import Decoder, DecoderConfig, DecoderShape
-from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
+from ..models import huggingface
+from ..models.decoder import DecoderConfig, DecoderShape
+from ..parallel.checkpoint import Piece
+from ..parallel.mesh import Mesh, other_layout
+from ..parallel.model import Loss, ParallelModel, View
 from .parts.config import BadConfig, ParallelConfig
+from .parts.model import Start, fresh, frozen, start_from
 from .parts.run import RunFolder
-from .parts.session import Session, StopSignal, seed_of
-from .parts.tokens import (
-    head_options,
-    microbatches,
-    num_targets,
-    num_tokens,
-    on_batch,
-    sample_order,
-    summed_cross_entropy,
-)
-from .pretrain import new_decoder
+from .parts.seed import seed_of
+from .parts.session import Session, StopSignal
+from .parts.tokens import microbatches, num_targets, num_tokens, sample_order, summed_cross_entropy
 from .sft import SftConfig, TextMix
 
 
@@ -59,6 +57,7 @@ class DistillStageConfig(DistillConfig):
     text: str | None = None
     seed: NonNegativeInt = 0
     parallel: ParallelConfig = ParallelConfig()
+    teacher_parallel: ParallelConfig | None = None
 
 
 def main(
@@ -66,18 +65,18 @@ def main(
 ) -> Path:
     """Train to `config.steps`; returns the last checkpoint. `stage` names the metrics and the checkpoint folder."""
     # -- Whence: the teacher, and the student from its last checkpoint or its start --------------------------------------------
-    teacher, tokenizer = load_start(Path(config.teacher), mesh.device)
-    teacher.requires_grad_(False)
-    session = Session(stage, config, run, mesh, lambda: _student(config, teacher, tokenizer, mesh), stop)
-    if session.decoder.config.vocab_size != teacher.config.vocab_size:
+    begin = start_from(Path(config.teacher), mesh)
+    session = Session(stage, config, run, mesh, config.parallel, lambda: _student(config, begin, mesh), stop)
+    if session.model.config.vocab_size != begin.config.vocab_size:
         raise BadConfig(
-            f"the student has {session.decoder.config.vocab_size} tokens and the teacher {teacher.config.vocab_size}; "
+            f"the student has {session.model.config.vocab_size} tokens and the teacher {begin.config.vocab_size}; "
             "distillation compares token by token: give both one vocabulary"
         )
+    teacher = Teacher(config, begin, session)
 
     # -- What: conversations, and text -----------------------------------------------------------------------------------------
     samples = read_supervised(
-        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.decoder.config.max_positions)
+        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.model.config.max_positions)
     )
     text = TextMix(config.text, config, session.tokenizer, seed_of(config.seed, "distill", "text"))
     order = sample_order(
@@ -86,76 +85,121 @@ def main(
 
     # -- The loop --------------------------------------------------------------------------------------------------------------
     for step in session.steps():
-        mine = [[samples[index]] for index in mesh.share(next(order))]
-        batches = [*microbatches(mine, config.tokens_per_microbatch), *text.batches(step, mesh)]
-        counted, read = mesh.sum([num_targets(batches), num_tokens(batches)])  # over all ranks and microbatches
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            with session.autocast():
-                divergence, cross_entropy = _losses(config, session.decoder, teacher, batch)
-            loss = config.divergence_weight * divergence + config.label_weight * cross_entropy
-            (loss / counted).backward()
-            sums += torch.stack([divergence.detach(), cross_entropy.detach()]).double().cpu()  # the step's sync
-        means = [value / counted for value in mesh.sum(sums.tolist())]
-        mean_loss = config.divergence_weight * means[0] + config.label_weight * means[1]
-        session.update(mean_loss)
-        session.finish_step(mean_loss, read, divergence=means[0], cross_entropy=means[1])
+        rows = [
+            [*microbatches([[samples[index]] for index in part], config.tokens_per_microbatch), *text.batches(windows)]
+            for part, windows in zip(mesh.shares(next(order)), mesh.shares(text.windows(step)), strict=True)
+        ]  # of every data rank: a teacher of another layout computes them in other shares
+        batches = rows[mesh.data_rank]
+        counted, read = mesh.sum_data([num_targets(batches), num_tokens(batches)])  # over all ranks and microbatches
+        hidden = teacher.hidden(rows)
+        head = partial(losses, config, teacher, hidden, max(counted, 1))
+        divergence, cross_entropy = (value / max(counted, 1) for value in session.model.accumulate(batches, head, 2))
+        loss = config.divergence_weight * divergence + config.label_weight * cross_entropy
+        session.update(loss)
+        session.finish_step(loss, read, divergence=divergence, cross_entropy=cross_entropy)
     return session.checkpoint
 
 
-def _losses(config: DistillConfig, student: Decoder, teacher: Decoder, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence and cross-entropy, summed over the batch's counted tokens; a loss of weight 0 is not computed and is 0."""
+class Teacher:
+    """The frozen teacher, under the student's layout or its own, and the rows of its output matrix that this rank's losses
+    need."""
 
-    def head(hidden_TD, weight_VD, target_T):
-        zero = hidden_TD.new_zeros((), dtype=torch.float32)
-        divergence = cross_entropy = zero
-        if config.divergence_weight:
-            with torch.no_grad():
-                teacher_hidden_TU = on_batch(teacher, batch, lambda hidden, weight, target: hidden)
-            divergence = linear_divergence(
-                hidden_TD, weight_VD, teacher_hidden_TU, teacher.output_weight, kind=config.kind, beta=config.beta,
-                temperature=config.temperature, mask_T=target_T >= 0, teacher_softcap=teacher.config.logit_softcap,
-                **head_options(student),
-            ).sum()  # fmt: skip
-        if config.label_weight:
-            cross_entropy = summed_cross_entropy(hidden_TD, weight_VD, target_T, **head_options(student))
-        return divergence, cross_entropy
+    def __init__(self, config: DistillStageConfig, start: Start, session: Session):
+        self.is_needed, self.student = config.divergence_weight > 0, session.model
+        if not self.is_needed:
+            return
+        parallel = config.teacher_parallel or config.parallel
+        self.has_other_layout = parallel != config.parallel
+        mesh = other_layout(session.mesh, parallel.sizes) if self.has_other_layout else session.mesh
+        self.model = frozen(start, mesh, parallel, session.precision)
+        self.softcap, self.weight_VU = start.config.logit_softcap, self._output_rows(config, start.config)
 
-    return on_batch(student, batch, head)
+    def _output_rows(self, config: DistillStageConfig, teacher: DecoderConfig) -> Tensor:
+        """[V, U], or the rows of this rank's part of the vocabulary; nothing where no loss is computed."""
+        first, stop = self.student.vocabulary if self.student.computes_losses else (0, 0)
+        weight = torch.empty(stop - first, teacher.width, dtype=self.model.hidden_dtype, device=self.student.mesh.device)
+        name = "embed_tokens.weight" if teacher.tie_embeddings else "lm_head.weight"
+        huggingface.load_pieces(Path(config.teacher), {name: Piece(weight, (teacher.vocab_size, teacher.width), (first, 0))})
+        return weight
+
+    def hidden(self, rows: Sequence[Sequence[PackedBatch]]) -> list[Tensor]:
+        """The final hidden states of each of this rank's rows ([t, U] of the tokens that are here, where losses are computed),
+        of the rows of every data rank."""
+        if not self.is_needed:
+            return []
+        mine = self.student.mesh.data_rank
+        if not self.has_other_layout:
+            return self.model.evaluate(rows[mine], lambda view, hidden_TU, weight: hidden_TU)
+        owners, flat = [owner for owner, part in enumerate(rows) for _ in part], [row for part in rows for row in part]
+        places = self.model.mesh.share(list(range(len(flat))))
+        found = self.model.evaluate([flat[place] for place in places], lambda view, hidden_TU, weight: (view, hidden_TU))
+        computed = dict(zip(places, found, strict=False)) if self.model.mesh.place.tensor == 0 else {}
+        kept = []
+        for place, (owner, row) in enumerate(zip(owners, flat, strict=True)):
+            whole_TU = torch.zeros(
+                len(row.tokens_T), self.model.config.width, dtype=self.model.hidden_dtype, device=self.student.mesh.device
+            )  # fmt: skip
+            if place in computed:
+                view, hidden_TU = computed[place]
+                index_t = view.places[: len(hidden_TU)]
+                is_real_t = index_t < len(whole_TU)
+                whole_TU[index_t[is_real_t]] = hidden_TU[is_real_t].to(whole_TU)
+            dist.all_reduce(whole_TU)  # a row that every rank receives: T·U numbers
+            if owner == mine:
+                kept.append(whole_TU)
+        return kept
+
+    def here(self, view: View, hidden: Sequence[Tensor]) -> Tensor:
+        return view.local(hidden[view.index]) if self.has_other_layout else hidden[view.index]
 
 
-def _student(
-    config: DistillStageConfig, teacher: Decoder, tokenizer: ChatTokenizer, mesh: Mesh
-) -> tuple[Decoder, ChatTokenizer]:
+def losses(
+    config: DistillConfig, teacher: Teacher, hidden: Sequence[Tensor], counted: float,
+    view: View, hidden_TD: Tensor, weight_VD: Tensor,
+) -> Loss:  # fmt: skip
+    """A row's share of the loss over `counted` tokens; divergence and cross-entropy, summed over its tokens that count. One of
+    weight 0 is not computed, and is 0."""
+    divergence = cross_entropy = hidden_TD.new_zeros((), dtype=torch.float32)
+    if config.divergence_weight:
+        divergence = linear_divergence(
+            hidden_TD, weight_VD, teacher.here(view, hidden), teacher.weight_VU, kind=config.kind, beta=config.beta,
+            temperature=config.temperature, mask_T=view.target_T >= 0, teacher_softcap=teacher.softcap, **view.options,
+        ).sum()  # fmt: skip
+    if config.label_weight:
+        cross_entropy = summed_cross_entropy(view, hidden_TD, weight_VD)
+    loss = (config.divergence_weight * divergence + config.label_weight * cross_entropy) / counted
+    return Loss(loss, torch.stack([divergence.detach().double(), cross_entropy.detach().double()]))
+
+
+def _student(config: DistillStageConfig, teacher: Start, mesh: Mesh) -> Start:
     given = [name for name in ("start", "model", "student_layers") if getattr(config, name) is not None]
     if len(given) == 1:
         if config.start is not None:
-            return load_start(Path(config.start), mesh.device)
+            return start_from(Path(config.start), mesh)
         if config.model is not None:
-            return new_decoder(config.model, tokenizer, mesh.device, config.seed, "distill")
+            return fresh(config.model, teacher.tokenizer, config.seed, "distill")
         if config.student_layers is not None:
-            return shallow_copy(teacher, config.student_layers), tokenizer
+            return shallow(teacher, Path(config.teacher), config.student_layers)
     raise BadConfig(
         f"the student is given by {' and '.join(given) or 'nothing'}; give one of start, [model] and student_layers"
     )
 
 
-@torch.no_grad()
-def shallow_copy(teacher: Decoder, layers: list[int]) -> Decoder:
-    """A new decoder of the teacher's widths that begins with these of its layers, its embeddings and its norms."""
+def shallow(teacher: Start, folder: Path, layers: Sequence[int]) -> Start:
+    """A decoder of the teacher's widths that begins with these of its layers, its embeddings and its norms."""
     if max(layers) >= teacher.config.num_layers:
         raise BadConfig(
             f"student_layers names layer {max(layers)}; the teacher has layers 0 to {teacher.config.num_layers - 1}"
         )
     windows = [teacher.config.window(layer) or 0 for layer in layers]
-    shape = teacher.config.model_dump() | {"num_layers": len(layers), "windows": windows}
-    student = Decoder(DecoderConfig(**shape)).to(teacher.output_weight.device)
-    tensors = teacher.state_dict()
-    for name in student.state_dict():
-        head, _, rest = name.partition(".")
-        if head == "layers":
-            index, _, tail = rest.partition(".")
-            student.state_dict()[name].copy_(tensors[f"layers.{layers[int(index)]}.{tail}"])
-        else:
-            student.state_dict()[name].copy_(tensors[name])
-    return student
+    config = DecoderConfig(**(teacher.config.model_dump() | {"num_layers": len(layers), "windows": windows}))
+
+    def fill(model: ParallelModel) -> None:
+        pieces = model.pieces()
+        huggingface.load_pieces(folder, {name: piece for name, piece in pieces.items() if not name.startswith("layers.")})
+        for index, layer in enumerate(layers):
+            prefix = f"layers.{index}."
+            named = {f"layers.{layer}.{name.removeprefix(prefix)}": x for name, x in pieces.items() if name.startswith(prefix)}
+            huggingface.load_pieces(folder, named)
+
+    return Start(config, teacher.tokenizer, fill)

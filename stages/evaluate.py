@@ -16,12 +16,11 @@ from pydantic import NonNegativeInt
 from ..data.conversation import read_prompts
 from ..data.text import read_documents
 from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
-from .parts.config import BadConfig
-from .parts.precision import autocast, choose_precision
+from .parts.config import BadConfig, ParallelConfig, Precision
+from .parts.model import frozen, start_from
 from .parts.run import RunFolder
 from .parts.score import EvaluateConfig, bits_per_byte, score_tasks
-from .parts.session import generator_of
+from .parts.seed import generator_of
 
 
 class EvaluateStageConfig(EvaluateConfig):
@@ -32,29 +31,32 @@ class EvaluateStageConfig(EvaluateConfig):
     tasks: list[str] = []
     stage: str = "evaluate"
     seed: NonNegativeInt = 0
+    precision: Precision = "auto"
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def main(config: EvaluateStageConfig, run: RunFolder, mesh: Mesh) -> dict:
-    """Score the model (on the first rank); returns the entry of scores.json."""
+    """Score the model, the work shared among all ranks; returns the entry of scores.json."""
     if not config.text and not config.tasks:
         raise BadConfig("nothing to evaluate on: give text or tasks")
     score: dict[str, Any] = {"stage": config.stage}
-    if mesh.is_first:
-        decoder, tokenizer = load_start(Path(config.model), mesh.device)
-        samples: list[dict] = []
-        with autocast(choose_precision("auto", mesh.device), mesh.device):
-            if config.text:
-                documents = list(read_documents([Path(path) for path in config.text]))
-                score["bits_per_byte"] = round(bits_per_byte(decoder, tokenizer, documents, config.window_tokens), 4)
-            if config.tasks:
-                prompts = read_prompts([Path(path) for path in config.tasks], tokenizer)
-                accuracies, samples = score_tasks(
-                    decoder, tokenizer, prompts, config, generator_of(config.seed, "evaluate", "sample")
-                )
-                score |= accuracies
-        run.rewind("samples.jsonl", config.stage, -1)
-        for sample in samples:
-            run.append("samples.jsonl", {"stage": config.stage, "step": 0, **sample})
+    mesh.note(f"evaluating {config.stage}")
+    start = start_from(Path(config.model), mesh)
+    model = frozen(start, mesh, config.parallel, config.precision)
+    samples: list[dict] = []
+    if config.text:
+        documents = list(read_documents([Path(path) for path in config.text]))
+        score["bits_per_byte"] = round(bits_per_byte(model, start.tokenizer, documents, config.window_tokens), 4)
+    if config.tasks:
+        prompts = read_prompts([Path(path) for path in config.tasks], start.tokenizer)
+        accuracies, samples = score_tasks(
+            model, start.tokenizer, prompts, config, generator_of(config.seed, "evaluate", "sample")
+        )  # fmt: skip
+        score |= accuracies
+    run.rewind("samples.jsonl", config.stage, -1)
+    for sample in samples:
+        run.append("samples.jsonl", {"stage": config.stage, "step": 0, **sample})
+    if run.writes:
         run.replace_score(score)
     mesh.barrier()
     return score

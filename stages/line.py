@@ -19,13 +19,15 @@ from ..data.record import write_records
 from ..models.decoder import DecoderShape
 from ..parallel.mesh import Mesh
 from . import data, distill, evaluate, preference, pretrain, release, rl, sft
-from .parts.checkpoint import damage, load_start
+from .parts.checkpoint import damage
 from .parts.config import BadConfig, Config, ParallelConfig, TrainingConfig
+from .parts.model import frozen, start_from
 from .parts.pairs import PairsConfig, sample_pairs
 from .parts.progress import console
 from .parts.run import RunFolder
 from .parts.score import EvaluateConfig
-from .parts.session import StopSignal, generator_of
+from .parts.seed import generator_of
+from .parts.session import StopSignal
 from .release import ReleaseConfig
 from .report import write_report
 
@@ -83,6 +85,7 @@ class Line:
             scoring = evaluate.EvaluateStageConfig(
                 **self.config.evaluate.model_dump(), model=str(path), text=[str(self.data / "held_out.jsonl")],
                 tasks=[str(self.data / "held_out_tasks.jsonl")], stage=stage, seed=self.config.seed,
+                parallel=self.config.parallel,
             )  # fmt: skip
             score = self.timed("evaluate", lambda: evaluate.main(scoring, self.run, self.mesh))
             if self.mesh.is_first:
@@ -95,22 +98,22 @@ class Line:
     def pairs(self, start: Path) -> Path:
         """The preference pairs, sampled from the SFT model once and kept."""
         path = self.data / "preference.jsonl"
-        if self.mesh.is_first and not path.exists():
+        if not path.exists():
             self.timed("preference", lambda: self._sample_pairs(start, path))
-        self.mesh.barrier()
         return path
 
     def _sample_pairs(self, start: Path, path: Path) -> None:
-        decoder, tokenizer = load_start(start, self.mesh.device)
-        prompts = read_prompts([self.data / "rl.jsonl"], tokenizer)
+        begin = start_from(start, self.mesh)
+        model = frozen(begin, self.mesh, self.config.parallel, "fp32")
+        prompts = read_prompts([self.data / "rl.jsonl"], begin.tokenizer)
         generator = generator_of(self.config.seed, "preference", "sample")
-        records = sample_pairs(decoder, tokenizer, prompts, self.config.pairs, self.config.evaluate, generator)
+        records = sample_pairs(model, begin.tokenizer, prompts, self.config.pairs, self.config.evaluate, generator)
         if not records:
             raise BadConfig(
                 f"none of {self.config.pairs.prompts} prompts had both a right and a wrong completion, so there are no pairs; "
                 "change the difficulty of the tasks or sft.steps"
             )
-        write_records(path, records)
+        self.mesh.on_first(lambda: write_records(path, records))
 
     def finish(self) -> None:
         if not (self.run.path / "release.json").exists():
@@ -148,11 +151,11 @@ def main(config: LineConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> Pa
         "distill_control", control(config.distill), distill.DistillStageConfig, distill_control, teacher=str(policy), **chat
     )
 
+    mesh.on_first(line.finish)
     if mesh.is_first:
-        line.finish()
         print_scores(run)
-    mesh.barrier()
-    return write_report(run.path) if mesh.is_first else run.path / "report.html"
+        write_report(run.path)
+    return run.path / "report.html"
 
 
 def control(config: distill.DistillConfig) -> distill.DistillConfig:

@@ -7,7 +7,8 @@ Writes  RUN/checkpoints/preference/step-N, RUN/metrics.jsonl (margin = β·(chos
 Expect  the loss per pair; DPO starts at log 2 = 0.693
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from ..data.conversation import Pair, read_preferences
-from ..data.packing import PackedBatch
 from ..kernels.preference_loss import (
     apo_down,
     apo_zero,
@@ -30,13 +30,13 @@ from ..kernels.preference_loss import (
     robust_dpo,
     sppo_hard,
 )
-from ..kernels.sequence_sum import sequence_sum
-from ..models.decoder import Decoder
 from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
+from ..parallel.model import Loss, View
 from .parts.config import ParallelConfig, TrainingConfig
+from .parts.model import frozen, start_from
 from .parts.run import RunFolder
-from .parts.session import Session, StopSignal, seed_of
+from .parts.seed import seed_of
+from .parts.session import Session, StopSignal
 from .parts.tokens import microbatches, num_tokens, sample_order, token_stats
 
 
@@ -78,12 +78,13 @@ AVERAGED = ("ipo", "dpo_norm")  # take means per token
 def main(config: PreferenceStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
     """Train to `config.steps`; returns the last checkpoint."""
     # -- Whence: the last checkpoint, or the model folder; the reference is always the model folder ----------------------------
-    session = Session("preference", config, run, mesh, lambda: load_start(Path(config.start), mesh.device), stop)
-    reference = load_start(Path(config.start), mesh.device)[0].requires_grad_(False)
+    start = Path(config.start)
+    session = Session("preference", config, run, mesh, config.parallel, lambda: start_from(start, mesh), stop)
+    reference = frozen(start_from(start, mesh), mesh, config.parallel, session.precision)
 
     # -- What: pairs -----------------------------------------------------------------------------------------------------------
     pairs = read_preferences(
-        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.decoder.config.max_positions)
+        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.model.config.max_positions)
     )
     lengths = [len(pair.chosen.ids) + len(pair.rejected.ids) for pair in pairs]
     order = sample_order(lengths, config.tokens_per_step, seed_of(config.seed, "preference", "order"), session.step)
@@ -92,35 +93,36 @@ def main(config: PreferenceStageConfig, run: RunFolder, mesh: Mesh, stop: StopSi
     for _ in session.steps():
         mine = [pairs[index] for index in mesh.share(next(order))]
         batches = microbatches([_sequences(pair) for pair in mine], config.tokens_per_microbatch)
-        num_pairs, read = mesh.sum([len(mine), num_tokens(batches)])  # losses are means over all ranks' pairs
-        sums = torch.zeros(3, dtype=torch.float64)
-        for batch in batches:
-            with session.autocast():
-                policy_B, length_B = sequence_logprobs(session.decoder, batch)
-                with torch.no_grad():
-                    frozen_B, _ = sequence_logprobs(reference, batch)
-            divisor_B = length_B if config.loss in AVERAGED else torch.ones_like(length_B)
-            policy, frozen = policy_B / divisor_B, frozen_B / divisor_B
-            losses_B = LOSSES[config.loss](policy[::2], policy[1::2], frozen[::2], frozen[1::2], beta=config.beta)
-            losses_B = losses_B - config.sft_weight * (policy_B / length_B)[::2]
-            (losses_B.sum() / num_pairs).backward()
-            margin_B = config.beta * ((policy - frozen)[::2] - (policy - frozen)[1::2]).detach()
-            sums += (
-                torch.stack([losses_B.detach().sum(), margin_B.sum(), (margin_B > 0).sum()]).double().cpu()
-            )  # the step's sync
-        loss, margin, above = (value / num_pairs for value in mesh.sum(sums.tolist()))
+        num_pairs, read = mesh.sum_data([len(mine), num_tokens(batches)])  # losses are means over all ranks' pairs
+        frozen_logprobs = reference.evaluate(batches, sequence_logprobs)
+        sums = session.model.accumulate(batches, partial(pair_loss, config, frozen_logprobs, num_pairs), 3)
+        loss, margin, above = (value / num_pairs for value in sums)
         session.update(loss)
         session.finish_step(loss, read, margin=margin, reward_accuracy=above, num_pairs=num_pairs)
     return session.checkpoint
+
+
+def pair_loss(
+    config: PreferenceConfig, frozen_logprobs: Sequence[tuple[Tensor, Tensor]], num_pairs: float,
+    view: View, hidden_TD: Tensor, weight_VD: Tensor,
+) -> Loss:  # fmt: skip
+    """A row's share of the mean over `num_pairs`, and sums over its pairs: loss, margin, margins above 0."""
+    policy_B, length_B = sequence_logprobs(view, hidden_TD, weight_VD)
+    frozen_B, _ = frozen_logprobs[view.index]
+    divisor_B = length_B if config.loss in AVERAGED else torch.ones_like(length_B)
+    policy, reference = policy_B / divisor_B, frozen_B / divisor_B
+    losses_B = LOSSES[config.loss](policy[::2], policy[1::2], reference[::2], reference[1::2], beta=config.beta)
+    losses_B = losses_B - config.sft_weight * (policy_B / length_B)[::2]
+    margin_B = config.beta * ((policy - reference)[::2] - (policy - reference)[1::2]).detach()
+    numbers = torch.stack([losses_B.detach().sum(), margin_B.sum(), (margin_B > 0).sum().to(margin_B)])
+    return Loss(losses_B.sum() / num_pairs, view.once(numbers))
 
 
 def _sequences(pair: Pair) -> list:
     return [pair.chosen, pair.rejected]
 
 
-def sequence_logprobs(decoder: Decoder, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def sequence_logprobs(view: View, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
     """Per sequence [B]: the sum of its supervised tokens' log-probabilities in nats, and how many they are."""
-    logprob_T = token_stats(decoder, batch).logprob_T
-    cu_seqlens = batch.cu_seqlens.to(logprob_T.device)
-    is_counted_T = batch.target_T.to(logprob_T.device) >= 0
-    return sequence_sum(logprob_T, cu_seqlens), sequence_sum(is_counted_T.to(logprob_T), cu_seqlens)
+    logprob_T = token_stats(view, hidden_TD, weight_VD).logprob_T
+    return view.sequence_sum(logprob_T), view.sequence_sum((view.target_T >= 0).to(logprob_T))

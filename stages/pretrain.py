@@ -8,20 +8,20 @@ Expect  the loss in nats per token; bits per byte of the held-out text every `ev
 
 from pathlib import Path
 
-import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from ..data.packing import num_windows, text_batch, windows_of_step
 from ..data.shards import TokenShards
 from ..data.text import read_documents
 from ..data.tokenizer import ChatTokenizer
-from ..models.decoder import Decoder, DecoderConfig, DecoderShape
+from ..models.decoder import DecoderShape
 from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
 from .parts.config import BadConfig, ParallelConfig, TrainingConfig
+from .parts.model import Start, fresh, start_from
 from .parts.run import RunFolder
 from .parts.score import bits_per_byte
-from .parts.session import Session, StopSignal, generator_of, seed_of
+from .parts.seed import seed_of
+from .parts.session import Session, StopSignal
 from .parts.tokens import backward_cross_entropy
 
 
@@ -52,11 +52,11 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
     held_out = list(read_documents([data / "held_out.jsonl"]))
 
     # -- Whence: the last checkpoint, or step 0 --------------------------------------------------------------------------------
-    session = Session("pretrain", config, run, mesh, lambda: _start(config, data, mesh), stop)
+    session = Session("pretrain", config, run, mesh, config.parallel, lambda: _start(config, data, mesh), stop)
     require_same_tokenizer(data, session.tokenizer)
-    if config.sequence_tokens > session.decoder.config.max_positions:
+    if config.sequence_tokens > session.model.config.max_positions:
         raise BadConfig(
-            f"sequence_tokens={config.sequence_tokens} exceeds the model's {session.decoder.config.max_positions} positions; "
+            f"sequence_tokens={config.sequence_tokens} exceeds the model's {session.model.config.max_positions} positions; "
             "shorten it, or raise model.max_positions"
         )
 
@@ -71,8 +71,8 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
         session.update(loss)
         session.finish_step(loss, read)
         if session.step % config.evaluate_every_steps == 0 or session.step == config.steps:
-            with session.autocast():
-                bits = bits_per_byte(session.decoder, session.tokenizer, held_out, config.sequence_tokens)
+            bits = bits_per_byte(session.model, session.tokenizer, held_out, config.sequence_tokens)
+            session.model.train()
             line = {"stage": "pretrain", "step": session.step, "seconds": session.seconds, "held_out_bits_per_byte": bits}
             run.append("metrics.jsonl", line)
     return session.checkpoint
@@ -94,20 +94,12 @@ def require_same_tokenizer(data: Path, tokenizer: ChatTokenizer) -> None:
         )
 
 
-def _start(config: PretrainStageConfig, data: Path, mesh: Mesh) -> tuple[Decoder, ChatTokenizer]:
+def _start(config: PretrainStageConfig, data: Path, mesh: Mesh) -> Start:
     if config.start is not None and config.model is None:
-        return load_start(Path(config.start), mesh.device)
+        return start_from(Path(config.start), mesh)
     if config.model is not None and config.start is None:
-        return new_decoder(config.model, ChatTokenizer.load(data / "tokenizer"), mesh.device, config.seed, "pretrain")
+        return fresh(config.model, ChatTokenizer.load(data / "tokenizer"), config.seed, "pretrain")
     raise BadConfig("give either start (a model folder to go on from) or a [model] table, not both")
-
-
-def new_decoder(
-    shape: DecoderShape, tokenizer: ChatTokenizer, device: torch.device, *seed_parts: object
-) -> tuple[Decoder, ChatTokenizer]:
-    """A freshly initialised model for this tokenizer; the weights depend on `seed_parts` alone."""
-    decoder = Decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **shape.model_dump()))
-    return decoder.initialise(generator_of(*seed_parts, "weights")).to(device), tokenizer
 
 
 def _parts(items: list[int], size: int) -> list[list[int]]:

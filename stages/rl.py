@@ -7,13 +7,15 @@ Writes  RUN/checkpoints/rl/step-N, RUN/metrics.jsonl, RUN/rollouts.jsonl (`sampl
 Expect  reward = mean over all ranks' completions; loss ≈ 0 at the first minibatch of a step (on-policy), its gradient is what
         matters
 
-A step samples `prompts_per_step` × `completions_per_prompt` completions, recomputes their log-probabilities with the trainer
+A step samples `prompts_per_step` × `completions_per_prompt` completions (every rank its share, whatever the layout; what is
+drawn depends on seed, step and place in the step alone), recomputes their log-probabilities with the trainer
 (the policy ratio's denominator; `mismatch_*` is what generation reported minus that), normalises rewards within each prompt's
 group and makes one update per minibatch. The loss is a mean over the completion tokens of the minibatch, on all ranks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +25,17 @@ from torch import Tensor
 from ..data.conversation import Prompt, read_prompts, require_room
 from ..data.packing import PackedBatch, windows_of_step
 from ..kernels.policy_loss import group_advantage, kl_k3, ppo
-from ..models.decoder import Decoder
-from ..models.generation import Completion, generate
-from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
+from ..parallel.mesh import TOGETHER, Mesh
+from ..parallel.model import Loss, ParallelModel, View
 from .parts.config import BadConfig, ParallelConfig, TrainingConfig
-from .parts.reward import RewardConfig, rewards_of
+from .parts.model import frozen, start_from
+from .parts.reward import RewardConfig
 from .parts.run import RunFolder
+from .parts.sampling import Rollout, sample
 from .parts.score import shown_prompt
-from .parts.session import Session, StopSignal, generator_of, seed_of
-from .parts.tokens import completion_sample, completion_values, microbatches, num_targets, place_values, token_stats
+from .parts.seed import generator_of, seed_of
+from .parts.session import Session, StopSignal
+from .parts.tokens import completion_sample, microbatches, num_targets, place_values, token_stats
 
 
 class RlConfig(TrainingConfig):
@@ -62,151 +65,149 @@ class RlStageConfig(RlConfig):
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Completions of one step on this rank, group after group, with rewards and group-normalised advantages."""
+class Minibatch:
+    """What one update learns from, on this rank: packed rows, and per row what the update takes as constants: advantages and
+    log-probabilities as generation reported them ([T], on the host), log-probabilities before the step's first update as the
+    trainer computes them, and of the reference (of the tokens that are here, where losses are computed; None without a KL
+    term)."""
 
-    prompts: list[Prompt]
-    completions: list[Completion]
-    texts: list[str]
-    rewards: list[float]
-    advantages: list[float]
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What an update takes as constants, per token of a batch [T]: the advantage, and log-probabilities before the step's
-    first update as the trainer computes them, as generation reported them, and of the reference (None without a KL term)."""
-
-    batch: PackedBatch
-    advantage_T: Tensor
-    old_T: Tensor
-    sampled_T: Tensor
-    reference_T: Tensor | None
+    batches: list[PackedBatch]
+    advantage_T: list[Tensor]
+    sampled_T: list[Tensor]
+    old_T: list[Tensor]
+    reference_T: list[Tensor] | None
 
 
 def main(config: RlStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
     """Train to `config.steps`; returns the last checkpoint."""
     # -- Whence: the last checkpoint, or the model folder ----------------------------------------------------------------------
-    session = Session("rl", config, run, mesh, lambda: load_start(Path(config.start), mesh.device), stop)
-    reference = load_start(Path(config.start), mesh.device)[0].requires_grad_(False) if config.kl_coefficient else None
+    start = Path(config.start)
+    session = Session("rl", config, run, mesh, config.parallel, lambda: start_from(start, mesh), stop)
+    reference = frozen(start_from(start, mesh), mesh, config.parallel, session.precision) if config.kl_coefficient else None
 
     # -- What: prompts ---------------------------------------------------------------------------------------------------------
     prompts = read_prompts([Path(path) for path in config.files], session.tokenizer)
-    if config.prompts_per_step % (config.minibatches_per_step * mesh.size):
+    if config.prompts_per_step % (config.minibatches_per_step * mesh.num_data):
         raise BadConfig(
             f"prompts_per_step={config.prompts_per_step} is not a multiple of minibatches_per_step="
-            f"{config.minibatches_per_step} times {mesh.size} process(es): choose one that is, groups are never split"
+            f"{config.minibatches_per_step} times {mesh.num_data} (parallel.replicate × parallel.shard): choose one that is, "
+            "groups are never split"
         )
-    require_room(prompts, config.max_new_tokens, session.decoder.config.max_positions)
+    require_room(prompts, config.max_new_tokens, session.model.config.max_positions)
     run.rewind("rollouts.jsonl", "rl", session.step)
 
     # -- The loop --------------------------------------------------------------------------------------------------------------
     for step in session.steps():
-        chosen = windows_of_step(len(prompts), config.prompts_per_step, step, seed_of(config.seed, "rl", "order"))
-        mine = [prompts[index] for index in mesh.share(list(chosen))]
-        rollouts = roll_out(session, config, mine, generator_of(config.seed, "rl", "sample", step, mesh.rank))
-        minibatches = freeze(session, reference, config, rollouts)
-        totals, losses = torch.zeros(5, dtype=torch.float64), []
+        order = windows_of_step(len(prompts), config.prompts_per_step, step, seed_of(config.seed, "rl", "order"))
+        rollouts = roll_out(session, config, [prompts[index] for index in order], step)
+        minibatches = freeze(session.model, reference, config, rollouts)
+        totals, losses = [0.0] * 5, []
         for minibatch in minibatches:
-            denominator = mesh.sum([num_targets([part.batch for part in minibatch])])[0]  # completion tokens on all ranks
-            summed = torch.zeros((), dtype=torch.float64)
-            for part in minibatch:
-                loss, numbers = policy_loss(session, config, part, denominator)
-                loss.backward()
-                summed += loss.detach().double().cpu()
-                totals += numbers.double().cpu()
-            losses.append(mesh.sum([summed.item()])[0])
-            session.update(losses[-1])
+            denominator = mesh.sum_data([num_targets(minibatch.batches)])[0]  # completion tokens on all ranks
+            loss, *numbers = session.model.accumulate(
+                minibatch.batches, partial(policy_loss, config, minibatch, denominator), 6
+            )
+            losses.append(loss)
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+            session.update(loss)
         finish(session, config, step, rollouts, sum(losses) / len(losses), totals)
     return session.checkpoint
 
 
-def roll_out(session: Session, config: RlConfig, prompts: Sequence[Prompt], generator: torch.Generator) -> Rollouts:
-    """Sample `completions_per_prompt` completions of each prompt from the current weights, and reward them."""
-    session.decoder.eval()
-    repeated = [prompt for prompt in prompts for _ in range(config.completions_per_prompt)]
-    with session.autocast():
-        completions = generate(
-            session.decoder, [prompt.ids for prompt in repeated], max_new_tokens=config.max_new_tokens,
-            end_ids=session.tokenizer.end_ids, temperature=config.temperature, generator=generator,
-        )  # fmt: skip
-    session.decoder.train()
-    texts = [session.tokenizer.decode(completion.ids) for completion in completions]
-    rewards = rewards_of(config.rewards, repeated, texts, [completion.ids for completion in completions])
-    advantages = group_advantage(torch.tensor(rewards, dtype=torch.float64), config.completions_per_prompt)
-    return Rollouts(repeated, completions, texts, rewards, advantages.tolist())
+def roll_out(session: Session, config: RlStageConfig, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    """Completions of this rank's share of the step's prompts, group after group, sampled from the current weights and
+    rewarded."""
+    mesh, group = session.mesh, config.completions_per_prompt
+    uniform = torch.rand(
+        len(prompts), group, config.max_new_tokens, dtype=torch.float64,
+        generator=generator_of(config.seed, "rl", "sample", step),
+    )  # fmt: skip
+    places = mesh.share(list(range(len(prompts))))
+    mine = mesh.deal(places, *TOGETHER)
+    sampled = sample(
+        session.model, session.tokenizer, [prompts[place] for place in mine], config.rewards, uniform[mine], config.temperature
+    )
+    session.model.train()
+    found = mesh.gather([[rollout.as_json() for rollout in rollouts] for rollouts in sampled], *TOGETHER)
+    return [Rollout.from_json(prompts[place], x) for place, part in zip(places, found, strict=True) for x in part]
 
 
-@torch.no_grad()
-def freeze(session: Session, reference: Decoder | None, config: RlConfig, rollouts: Rollouts) -> list[list[Frozen]]:
-    """The step's minibatches of packed batches, with every constant computed before the first update."""
+def freeze(
+    model: ParallelModel, reference: ParallelModel | None, config: RlConfig, rollouts: Sequence[Rollout]
+) -> list[Minibatch]:
+    """The step's minibatches of packed rows, with every constant computed before the first update."""
     group = config.completions_per_prompt
-    num_groups = len(rollouts.prompts) // group
-    per_minibatch = num_groups // config.minibatches_per_step
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    advantages = group_advantage(rewards, group).tolist() if rollouts else []
+    size = len(rollouts) // config.minibatches_per_step
+
+    def logprobs(view: View, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return token_stats(view, hidden_TD, weight_VD, temperature=config.temperature).logprob_T
+
     minibatches = []
-    for first in range(0, num_groups, per_minibatch):
-        entry = first * group
-        inside = range(entry, entry + per_minibatch * group)
-        samples = [completion_sample(rollouts.prompts[index].ids, rollouts.completions[index].ids) for index in inside]
+    for first in range(0, size * config.minibatches_per_step, size):
+        inside = range(first, first + size)
+        samples = [completion_sample(rollouts[index].prompt.ids, rollouts[index].completion.ids) for index in inside]
         groups = [samples[start : start + group] for start in range(0, len(samples), group)]
-        parts = []
-        for batch in microbatches(groups, config.tokens_per_microbatch):
-            with session.autocast():
-                old_T = token_stats(session.decoder, batch, temperature=config.temperature).logprob_T
-                reference_T = (
-                    token_stats(reference, batch, temperature=config.temperature).logprob_T if reference is not None else None
-                )
-            inside = range(entry, entry + len(batch.cu_seqlens) - 1)
-            advantages = [rollouts.advantages[index] for index in inside for _ in rollouts.completions[index].ids]
-            sampled = [logprob for index in inside for logprob in rollouts.completions[index].logprobs]
-            parts.append(
-                Frozen(batch, place_values(batch, advantages, old_T), old_T, place_values(batch, sampled, old_T), reference_T)
-            )
-            entry = inside.stop
-        minibatches.append(parts)
+        batches = microbatches(groups, config.tokens_per_microbatch)
+        advantage_T, sampled_T = [], []
+        for batch in batches:
+            entries = range(first, first + len(batch.cu_seqlens) - 1)
+            completions = [rollouts[index].completion for index in entries]
+            repeated = [advantages[index] for index in entries for _ in rollouts[index].completion.ids]
+            advantage_T.append(place_values(batch, repeated))
+            sampled_T.append(place_values(batch, [logprob for completion in completions for logprob in completion.logprobs]))
+            first = entries.stop
+        reference_T = None if reference is None else reference.evaluate(batches, logprobs)
+        minibatches.append(Minibatch(batches, advantage_T, sampled_T, model.evaluate(batches, logprobs), reference_T))
     return minibatches
 
 
-def policy_loss(session: Session, config: RlConfig, part: Frozen, denominator: float) -> tuple[Tensor, Tensor]:
-    """The clipped loss of one batch over `denominator` tokens, and sums over its tokens: tokens, |mismatch|, ratio outside
-    the bounds, k3 against the reference, entropy."""
-    with session.autocast():
-        stats = token_stats(session.decoder, part.batch, temperature=config.temperature, entropy=True)
+def policy_loss(
+    config: RlConfig, minibatch: Minibatch, denominator: float, view: View, hidden_TD: Tensor, weight_VD: Tensor
+) -> Loss:
+    """The clipped loss of one row over `denominator` tokens; it, and sums over the row's tokens: tokens, |mismatch|, ratio
+    outside the bounds, k3 against the reference, entropy."""
+    stats = token_stats(view, hidden_TD, weight_VD, temperature=config.temperature, entropy=True)
     assert stats.entropy_T is not None  # asked for above
-    mask_T = part.batch.target_T.to(stats.logprob_T.device) >= 0
+    old_T, mask_T = minibatch.old_T[view.index], view.target_T >= 0
+    advantage_T, sampled_T = (
+        view.local(values[view.index]).to(old_T) for values in (minibatch.advantage_T, minibatch.sampled_T)
+    )
     loss = ppo(
-        stats.logprob_T, part.old_T, part.advantage_T, mask_T=mask_T, clip_low=config.clip_low, clip_high=config.clip_high,
+        stats.logprob_T, old_T, advantage_T, mask_T=mask_T, clip_low=config.clip_low, clip_high=config.clip_high,
         denominator=denominator,
     )  # fmt: skip
     divergence = torch.zeros_like(loss)
-    if part.reference_T is not None:
-        divergence = kl_k3(stats.logprob_T, part.reference_T, mask_T=mask_T).sum()
+    if minibatch.reference_T is not None:
+        divergence = kl_k3(stats.logprob_T, minibatch.reference_T[view.index], mask_T=mask_T).sum()
         loss = loss + config.kl_coefficient * divergence / denominator
-    ratio_T = (stats.logprob_T.detach() - part.old_T).exp()
+    ratio_T = (stats.logprob_T.detach() - old_T).exp()
     is_outside_T = ((ratio_T < 1 - config.clip_low) | (ratio_T > 1 + config.clip_high)) & mask_T
-    mismatch_T = completion_values(part.batch, (part.sampled_T - part.old_T).abs())
+    mismatch_T = torch.where(mask_T, (sampled_T - old_T).abs(), 0.0)
     numbers = torch.stack([
-        mask_T.sum().to(loss), mismatch_T.sum().to(loss), is_outside_T.sum().to(loss), divergence.detach(),
+        loss.detach(), mask_T.sum().to(loss), mismatch_T.sum().to(loss), is_outside_T.sum().to(loss), divergence.detach(),
         stats.entropy_T.detach().sum().to(loss),
     ])  # fmt: skip
-    return loss, numbers
+    return Loss(loss, numbers)
 
 
-def finish(session: Session, config: RlConfig, step: int, rollouts: Rollouts, loss: float, totals: Tensor) -> None:
+def finish(
+    session: Session, config: RlConfig, step: int, rollouts: Sequence[Rollout], loss: float, totals: Sequence[float]
+) -> None:
     """Log the step: means over all ranks' completions or completion tokens."""
-    counts = [len(rollouts.rewards), sum(rollouts.rewards), sum(completion.ended for completion in rollouts.completions)]
-    read_here = sum(len(prompt.ids) for prompt in rollouts.prompts)
-    read_here += sum(len(completion.ids) for completion in rollouts.completions)
-    tokens, mismatch, outside, divergence, entropy, completions, reward, ended, read = session.mesh.sum(
-        [*totals.tolist(), *counts, read_here]
-    )
+    tokens, mismatch, outside, divergence, entropy = totals
+    completions, reward, ended, read = session.mesh.sum_data([
+        len(rollouts), sum(rollout.reward for rollout in rollouts), sum(rollout.completion.ended for rollout in rollouts),
+        sum(len(rollout.prompt.ids) + len(rollout.completion.ids) for rollout in rollouts),
+    ])  # fmt: skip
     against_reference = {"kl": divergence / tokens} if config.kl_coefficient else {}
     session.finish_step(
         loss, read, reward=reward / completions, completion_tokens=tokens / completions, ended=ended / completions,
         mismatch_mean=mismatch / tokens, clip_fraction=outside / tokens, entropy=entropy / tokens, **against_reference,
     )  # fmt: skip
-    for index in range(min(config.samples_per_step, len(rollouts.texts))):
+    for rollout in rollouts[: config.samples_per_step]:
         session.run.append("rollouts.jsonl", {
-            "stage": "rl", "step": step + 1, "prompt": shown_prompt(rollouts.prompts[index]),
-            "completion": rollouts.texts[index], "reward": rollouts.rewards[index],
+            "stage": "rl", "step": step + 1, "prompt": shown_prompt(rollout.prompt), "completion": rollout.text,
+            "reward": rollout.reward,
         })  # fmt: skip

@@ -16,10 +16,11 @@ from ..data.packing import PackedBatch, num_windows, text_batch, windows_of_step
 from ..data.shards import TokenShards
 from ..data.tokenizer import ChatTokenizer
 from ..parallel.mesh import Mesh
-from .parts.checkpoint import load_start
 from .parts.config import BadConfig, ParallelConfig, TrainingConfig
+from .parts.model import start_from
 from .parts.run import RunFolder
-from .parts.session import Session, StopSignal, seed_of
+from .parts.seed import seed_of
+from .parts.session import Session, StopSignal
 from .parts.tokens import backward_cross_entropy, microbatches, sample_order
 from .pretrain import data_folder, require_same_tokenizer
 
@@ -60,22 +61,24 @@ class TextMix:
             self.shards = TokenShards(folder / "train")
         self.seed = seed
 
-    def batches(self, step: int, mesh: Mesh) -> list[PackedBatch]:
+    def windows(self, step: int) -> list[int]:
+        """A step's windows, over all ranks."""
         if self.shards is None:
             return []
-        windows = windows_of_step(num_windows(self.shards, self.window_tokens), self.windows_per_step, step, self.seed)
-        mine = mesh.share(list(windows))
-        return [text_batch(self.shards, mine, self.window_tokens)] if mine else []
+        return list(windows_of_step(num_windows(self.shards, self.window_tokens), self.windows_per_step, step, self.seed))
+
+    def batches(self, windows: list[int]) -> list[PackedBatch]:
+        return [text_batch(self.shards, windows, self.window_tokens)] if self.shards is not None and windows else []
 
 
 def main(config: SftStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
     """Train to `config.steps`; returns the last checkpoint."""
     # -- Whence: the last checkpoint, or the model folder ----------------------------------------------------------------------
-    session = Session("sft", config, run, mesh, lambda: load_start(Path(config.start), mesh.device), stop)
+    session = Session("sft", config, run, mesh, config.parallel, lambda: start_from(Path(config.start), mesh), stop)
 
     # -- What: conversations, and text -----------------------------------------------------------------------------------------
     samples = read_supervised(
-        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.decoder.config.max_positions)
+        [Path(path) for path in config.files], session.tokenizer, min(config.max_tokens, session.model.config.max_positions)
     )
     text = TextMix(config.text, config, session.tokenizer, seed_of(config.seed, "sft", "text"))
     order = sample_order(
@@ -85,7 +88,7 @@ def main(config: SftStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | 
     # -- The loop --------------------------------------------------------------------------------------------------------------
     for step in session.steps():
         mine = [[samples[index]] for index in mesh.share(next(order))]
-        batches = [*microbatches(mine, config.tokens_per_microbatch), *text.batches(step, mesh)]
+        batches = [*microbatches(mine, config.tokens_per_microbatch), *text.batches(mesh.share(text.windows(step)))]
         loss, read = backward_cross_entropy(session, batches)
         session.update(loss)
         session.finish_step(loss, read)

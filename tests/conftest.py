@@ -85,7 +85,7 @@ def text_run(tmp_path_factory, tokenizer) -> Path:
     )
     run = RunFolder(tmp_path_factory.mktemp("data-run") / "run")
     run.open(config, "data")
-    data.main(config, run, start_mesh(1))
+    data.main(config, run, start_mesh())
     return run.path
 
 

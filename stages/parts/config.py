@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from ...parallel.mesh import Sizes
+
 
 class BadConfig(ValueError):
     """A config or a run folder that cannot be used: one line that names the file or key and the remedy."""
@@ -21,6 +23,7 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=BaseModel)
+Precision = Literal["auto", "bf16", "fp32", "fp64"]
 
 
 class OptimizerConfig(Config):
@@ -47,13 +50,31 @@ class TrainingConfig(Config):
     checkpoint_every_steps: PositiveInt = 50
     keep_checkpoints: PositiveInt = 2
     max_skipped_steps_in_a_row: PositiveInt = 10
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
 
 
 class ParallelConfig(Config):
-    """The layout: how many processes hold a replica of the model. The product must equal the number of processes."""
+    """The layout: ranks along each axis, whose product is the number of processes. How the axes work: `attention` over
+    `context`, the `schedule` over `pipeline` (`stages_per_rank`: of interleaved and zero_bubble), what of each layer's
+    activations the backward makes again (`recompute`), and whether sharded parameters rest in host memory (`offload`). A rank
+    that waits `timeout_seconds` for another ends the job.
+    """
 
+    pipeline: PositiveInt = 1
     replicate: PositiveInt = 1
+    shard: PositiveInt = 1
+    context: PositiveInt = 1
+    tensor: PositiveInt = 1
+    attention: Literal["ring", "ulysses"] = "ring"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    stages_per_rank: PositiveInt = 1
+    recompute: Literal["none", "attention", "mlp", "full"] = "none"
+    offload: bool = False
+    timeout_seconds: PositiveFloat = 100.0
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.pipeline, self.replicate, self.shard, self.context, self.tensor)
 
 
 def load_config(kind: type[C], path: Path, overrides: list[str]) -> C:

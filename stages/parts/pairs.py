@@ -7,7 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from ...data.conversation import Prompt
 from ...data.tokenizer import ChatTokenizer
-from ...models.decoder import Decoder
+from ...parallel.model import ParallelModel
 from .config import Config
 from .score import EvaluateConfig, grade
 
@@ -21,7 +21,7 @@ class PairsConfig(Config):
 
 
 def sample_pairs(
-    decoder: Decoder,
+    model: ParallelModel,
     tokenizer: ChatTokenizer,
     prompts: Sequence[Prompt],
     config: PairsConfig,
@@ -33,14 +33,14 @@ def sample_pairs(
     """
     prompts, count = prompts[: config.prompts], config.completions_per_prompt
     graded = grade(
-        decoder, tokenizer, prompts, evaluate, temperature=config.temperature, completions_per_task=count, generator=generator
+        model, tokenizer, prompts, evaluate, temperature=config.temperature, completions_per_task=count, generator=generator
     )
     records = []
     for index, prompt in enumerate(prompts):
         group = range(index * count, (index + 1) * count)
-        ended = [entry for entry in group if graded.completions[entry].ended]
-        right = [graded.texts[entry] for entry in ended if graded.right[entry]]
-        wrong = [graded.texts[entry] for entry in ended if not graded.right[entry]]
+        ended = [entry for entry in group if graded.rollouts[entry].completion.ended]
+        right = [graded.rollouts[entry].text for entry in ended if graded.right[entry]]
+        wrong = [graded.rollouts[entry].text for entry in ended if not graded.right[entry]]
         if right and wrong:
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right[0], wrong[0]))
             records.append({"prompt": prompt.prompt, "chosen": chosen, "rejected": rejected})

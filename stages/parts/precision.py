@@ -1,4 +1,6 @@
-"""Which number format the matrix products of a stage run in: bf16 autocast where the hardware has it, else fp32."""
+"""Which number format the matrix products of a stage run in: bf16 autocast where the hardware has it, else fp32; in fp64, for
+comparisons, the weights are too.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 

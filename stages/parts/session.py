@@ -1,10 +1,11 @@
 """A training stage in progress: model, optimiser and counters, resumed from the stage's last checkpoint or fresh at step 0.
 
 All randomness of a stage is a pure function of (seed, stage, step), and so is its data order; weights, moments and counters
-are in the checkpoint. That is everything, so a resumed stage computes the bits that an uninterrupted one would.
+are in the checkpoint, which any other layout can go on from. That is everything, so a resumed stage computes the bits that an
+uninterrupted one would.
 """
 
-import hashlib
+import datetime
 import math
 import signal
 import time
@@ -14,15 +15,18 @@ from typing import Any
 
 import torch
 
-from ...data.tokenizer import ChatTokenizer
-from ...models.decoder import Decoder
+from ...parallel.checkpoint import Piece, Saver
 from ...parallel.mesh import Mesh
-from .checkpoint import latest_checkpoint, load_start, load_state, save_checkpoint
-from .config import TrainingConfig
-from .precision import autocast, choose_precision
+from ...parallel.model import ParallelModel
+from .checkpoint import MOMENTS, Checkpoints, load_moments, moment_names
+from .config import OptimizerConfig, ParallelConfig, TrainingConfig
+from .model import Start, build, start_from
+from .precision import choose_precision
 from .progress import StageProgress, console
 from .run import RunFolder
 from .schedule import learning_rate
+
+SAVE_TIMEOUT = datetime.timedelta(minutes=30)  # of one rank for another's part of a save
 
 
 class Stopped(Exception):
@@ -50,28 +54,20 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
 
-def seed_of(*parts: Any) -> int:
-    """A 63-bit seed that depends on every part (seed, stage, step, purpose) and on nothing else."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def generator_of(*parts: Any) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
-def build_optimizer(decoder: Decoder, config: TrainingConfig) -> torch.optim.AdamW:
+def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (torch's fused); weight decay on matrices only."""
-    parameters = list(decoder.parameters())
+    parameters = model.parameters()
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=(config.optimizer.beta1, config.optimizer.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
 class Session:
-    """One stage's training. `for step in session.steps():` compute gradients, `update(loss)` once or more, `finish_step(…)`
-    once.
+    """One stage's training. `for step in session.steps():` accumulate gradients in `session.model`, `update(loss)` once or
+    more, `finish_step(…)` once.
     """
 
     def __init__(
@@ -80,62 +76,70 @@ class Session:
         config: TrainingConfig,
         run: RunFolder,
         mesh: Mesh,
-        start: Callable[[], tuple[Decoder, ChatTokenizer]],
+        parallel: ParallelConfig,
+        start: Callable[[], Start],
         stop: StopSignal | None = None,
     ):
         self.stage, self.config, self.run, self.mesh, self.stop = stage, config, run, mesh, stop or StopSignal()
         self.folder = run.checkpoints(stage)
-        resumed = (
-            latest_checkpoint(self.folder, lambda message: console.print(message, soft_wrap=True)) if mesh.is_first else None
-        )
-        mesh.barrier()
-        if not mesh.is_first:
-            resumed = latest_checkpoint(self.folder, lambda message: None)
-        self.decoder, self.tokenizer = load_start(resumed, mesh.device) if resumed else start()
-        self.optimizer = build_optimizer(self.decoder, config)
+        everyone = None if mesh.size == 1 else mesh.new_group(range(mesh.size), "gloo", SAVE_TIMEOUT)
+        self.saver = Saver(everyone)
+        self.checkpoints = Checkpoints(self.folder, self.saver, config.keep_checkpoints)
+        mesh.note(f"{stage}, looking for checkpoints")
+        resumed = self.checkpoints.latest(lambda message: console.print(message, soft_wrap=True))
+        begin = start_from(resumed, mesh) if resumed else start()
+        self.tokenizer = begin.tokenizer
         self.precision = choose_precision(config.precision, mesh.device)
+        self.model = build(begin, mesh, parallel, self.precision)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
         self.step, self.tokens, self.num_updates, self.seconds = 0, 0, 0, 0.0
         self.skipped_steps, self.skipped_in_a_row, self.grad_norm = 0, 0, 0.0
         if resumed:
-            state = load_state(resumed, self.decoder, self.optimizer)
+            state = load_moments(resumed, self._moments())
             for name in self._state():
                 setattr(self, name, state[name])
+            for parameter in self.model.parameters():
+                self.optimizer.state[parameter]["step"].fill_(self.num_updates)
         run.rewind("metrics.jsonl", stage, self.step)
+        mesh.note(f"{stage} step {self.step}")
 
     @property
     def checkpoint(self) -> Path:
         """The checkpoint of the last finished step; it is on disk once `steps` has ended."""
         return self.folder / f"step-{self.step}"
 
-    def autocast(self):
-        return autocast(self.precision, self.mesh.device)
-
     def steps(self) -> Iterator[int]:
         """The steps still to do; ends with a checkpoint of the last one, or raises Stopped after one when a signal came."""
-        self.decoder.train()
-        with StageProgress(self.stage, self.config.steps, self.step, shown=self.mesh.is_first) as progress:
-            while self.step < self.config.steps:
-                self._started = time.monotonic()
-                self._rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
-                yield self.step
-                progress.advance(self._note)
-                stopping = self.mesh.sum([float(self.stop.received is not None)])[0] > 0
-                if stopping or self.step == self.config.steps or self.step % self.config.checkpoint_every_steps == 0:
-                    self._save()
-                if stopping and self.step < self.config.steps:
-                    raise Stopped(
-                        f"{self.stage}: stopped by {self.stop.received or 'a signal'} after step {self.step}; "
-                        "run it again to go on"
-                    )
+        self.model.train()
+        try:
+            with StageProgress(self.stage, self.config.steps, self.step, shown=self.mesh.is_first) as progress:
+                while self.step < self.config.steps:
+                    self._started = time.monotonic()
+                    self._rate = learning_rate(self.config.optimizer, self.step, self.config.steps)
+                    yield self.step
+                    progress.advance(self._note)
+                    stopping = self.mesh.sum([float(self.stop.received is not None)])[0] > 0
+                    if stopping or self.step == self.config.steps or self.step % self.config.checkpoint_every_steps == 0:
+                        self._save()
+                    if stopping and self.step < self.config.steps:
+                        raise Stopped(
+                            f"{self.stage}: stopped by {self.stop.received or 'a signal'} after step {self.step}; "
+                            "run it again to go on"
+                        )
+        finally:
+            self.saver.wait()
 
     def update(self, loss: float) -> bool:
-        """Apply the accumulated gradients (summed over ranks, clipped by norm) unless `loss` or they are not finite."""
-        parameters = list(self.decoder.parameters())
-        self.mesh.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm, foreach=True)
-        self.grad_norm = float(norm)  # one sync per update: the decision to skip needs it on the host
+        """Apply the accumulated gradients (summed over ranks, clipped by norm) unless `loss` or they are not finite.
+
+        `loss` is the same number on every rank, and so is the norm: all skip together.
+        """
+        self.model.reduce_gradients()
+        self.grad_norm = self.model.grad_norm()  # one sync per update: the decision to skip needs it on the host
         is_finite = math.isfinite(loss) and math.isfinite(self.grad_norm)
         if is_finite:
+            if self.grad_norm > self.config.optimizer.max_grad_norm:
+                self.model.scale_gradients(self.config.optimizer.max_grad_norm / self.grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate
             self.optimizer.step()
@@ -154,6 +158,7 @@ class Session:
         self.tokens += int(num_tokens)
         self.seconds += elapsed
         shown = f"reward {metrics['reward']:.3f}" if "reward" in metrics else f"loss {loss:.3f}"  # an RL loss is about 0
+        self.mesh.note(f"{self.stage} step {self.step}")
         self._note = f"{shown}  {num_tokens / elapsed:,.0f} tokens/s"
         line = {
             "stage": self.stage, "step": self.step, "loss": _finite(loss), "tokens_per_second": num_tokens / elapsed,
@@ -171,18 +176,26 @@ class Session:
         names = ("step", "tokens", "num_updates", "seconds", "skipped_steps", "skipped_in_a_row")
         return {name: getattr(self, name) for name in names}
 
+    def _moments(self) -> dict[str, Piece]:
+        """This rank's pieces of the optimiser's moments, made where there are none."""
+        pieces = {}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            state.setdefault("step", torch.zeros((), device=parameter.device))
+            for moment, of in zip(moment_names(name), MOMENTS, strict=True):
+                pieces[moment] = self.model.piece(name, state.setdefault(of, torch.zeros_like(parameter)))
+        return pieces
+
     def _save(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.decoder.parameters()):
+        if not self.model.has_finite_weights():
             raise NonFinite(
                 f"{self.stage}: the weights after step {self.step} are not finite and are not saved; go back to the last "
                 "checkpoint with a lower optimizer.learning_rate"
             )
-        if self.mesh.is_first:
-            state = {"stage": self.stage, **self._state()}
-            save_checkpoint(
-                self.folder, self.step, self.decoder, self.optimizer, self.tokenizer, state, self.config.keep_checkpoints
-            )
-        self.mesh.barrier()
+        self.checkpoints.save(
+            self.step, self.model.config, self.tokenizer, {"stage": self.stage, **self._state()}, self.model.pieces(),
+            self._moments(),
+        )  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,6 @@
 """From packed batches to numbers per token, and from a step's samples to batches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,31 +8,13 @@ from torch import Tensor
 
 from ...data.packing import PackedBatch, Sample, pack, plan_batches
 from ...kernels.linear_logprob import TokenStats, linear_cross_entropy, linear_logprob
-from ...models.decoder import Decoder
-from .precision import product_dtype
+from ...parallel.model import Loss, View
 from .session import Session
 
 
-def on_batch(decoder: Decoder, batch: PackedBatch, head: Callable[[Tensor, Tensor, Tensor], object]):
-    """`head(hidden_TD, output_weight_VD, target_T)` computed inside the decoder's forward over one packed batch."""
-    device = decoder.embed_tokens.weight.device
-    target_T = batch.target_T.to(device)
-    return decoder(
-        batch.tokens_T[None].to(device),
-        cu_seqlens=batch.cu_seqlens.to(device),
-        head=lambda hidden_BSD, weight_VD: head(hidden_BSD[0], weight_VD, target_T),
-    )
-
-
-def token_stats(decoder: Decoder, batch: PackedBatch, **options) -> TokenStats:
-    """`linear_logprob` of every supervised token of the batch; 0 where `target_T` is ignored."""
-    options |= head_options(decoder)
-    return on_batch(decoder, batch, lambda hidden, weight, target: linear_logprob(hidden, weight, target, **options))
-
-
-def head_options(decoder: Decoder) -> dict[str, Any]:
-    """How this decoder's hidden states become logits: its softcap, and the products in the surrounding autocast's dtype."""
-    return {"softcap": decoder.config.logit_softcap, "product_dtype": product_dtype(decoder.embed_tokens.weight.device)}
+def token_stats(view: View, hidden_TD: Tensor, weight_VD: Tensor, **options: Any) -> TokenStats:
+    """`linear_logprob` of every supervised token that is here; 0 where `target_T` is ignored."""
+    return linear_logprob(hidden_TD, weight_VD, view.target_T, **view.options, **options)
 
 
 def backward_cross_entropy(session: Session, batches: Sequence[PackedBatch]) -> tuple[float, float]:
@@ -41,18 +22,18 @@ def backward_cross_entropy(session: Session, batches: Sequence[PackedBatch]) -> 
 
     Returns that mean in nats, and the tokens read over all ranks.
     """
-    counted, read = session.mesh.sum([num_targets(batches), num_tokens(batches)])
-    loss = 0.0
-    for batch in batches:
-        with session.autocast():
-            summed = on_batch(session.decoder, batch, partial(summed_cross_entropy, **head_options(session.decoder)))
-        (summed / counted).backward()
-        loss += summed.item() / counted
-    return session.mesh.sum([loss])[0], read
+    counted, read = session.mesh.sum_data([num_targets(batches), num_tokens(batches)])
+
+    def head(view: View, hidden_TD: Tensor, weight_VD: Tensor) -> Loss:
+        summed = summed_cross_entropy(view, hidden_TD, weight_VD)
+        return Loss(summed / max(counted, 1), summed[None])
+
+    (summed,) = session.model.accumulate(batches, head, 1)
+    return summed / max(counted, 1), read
 
 
-def summed_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, **options) -> Tensor:
-    return linear_cross_entropy(hidden_TD, weight_VD, target_T, reduction="sum", **options)
+def summed_cross_entropy(view: View, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_TD, weight_VD, view.target_T, reduction="sum", **view.options)
 
 
 def num_targets(batches: Sequence[PackedBatch]) -> int:
@@ -95,13 +76,8 @@ def completion_sample(prompt_ids: Sequence[int], completion_ids: Sequence[int], 
     return Sample([*prompt_ids, *completion_ids], [False] * len(prompt_ids) + [True] * len(completion_ids), source)
 
 
-def completion_values(batch: PackedBatch, values_T: Tensor) -> Tensor:
-    """The entries of `values_T` at supervised tokens, in order: completion after completion."""
-    return values_T[batch.target_T.to(values_T.device) >= 0]
-
-
-def place_values(batch: PackedBatch, values: Sequence[float], like_T: Tensor) -> Tensor:
-    """The inverse of `completion_values`: one host number per supervised token, 0 elsewhere, as [T]."""
-    placed_T = torch.zeros_like(like_T)
-    placed_T[batch.target_T.to(like_T.device) >= 0] = torch.tensor(values, dtype=like_T.dtype, device=like_T.device)
+def place_values(batch: PackedBatch, values: Sequence[float]) -> Tensor:
+    """fp64 [T] on the host: one number per supervised token of the row, in order, and 0 elsewhere."""
+    placed_T = torch.zeros(len(batch.target_T), dtype=torch.float64)
+    placed_T[batch.target_T >= 0] = torch.tensor(values, dtype=torch.float64)
     return placed_T

@@ -85,7 +85,7 @@ def stage_runner(text_run, start_folder, pair_file) -> Callable:
         config = kind.model_validate({**TRAINING, **inputs, **changes})
         folder_run = RunFolder(folder)
         folder_run.open(config, stage)
-        return module.main(config, folder_run, start_mesh(1), stop)
+        return module.main(config, folder_run, start_mesh(), stop)
 
     return run
 

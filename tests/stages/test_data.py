@@ -36,7 +36,7 @@ def test_train_text_holds_no_held_out_document(text_run):
 
 def test_a_second_call_makes_nothing_again(text_run):
     before = {path: path.stat().st_mtime_ns for path in (text_run / "data").rglob("*")}
-    data.main(data.DataStageConfig(text=["nowhere"], vocab_size=300), RunFolder(text_run), start_mesh(1))
+    data.main(data.DataStageConfig(text=["nowhere"], vocab_size=300), RunFolder(text_run), start_mesh())
     assert before == {path: path.stat().st_mtime_ns for path in (text_run / "data").rglob("*")}
 
 
@@ -45,7 +45,7 @@ def test_too_little_text_is_refused_in_one_line(tmp_path):
         (tmp_path / f"{number}.txt").write_text("the same text\n")
     config = data.DataStageConfig(text=[str(tmp_path)], vocab_size=300)
     with pytest.raises(ValueError, match=r"held out|held-out|held_out"):
-        data.main(config, RunFolder(tmp_path / "run"), start_mesh(1))
+        data.main(config, RunFolder(tmp_path / "run"), start_mesh())
 
 
 def test_held_out_text_is_an_equal_share_of_every_document_in_whole_lines():
@@ -71,5 +71,5 @@ def test_the_line_needs_tasks_and_data_needs_text(tmp_path):
         data.main(
             data.DataStageConfig(text=[str(tmp_path / "missing.txt")], vocab_size=300),
             RunFolder(tmp_path / "run"),
-            start_mesh(1),
+            start_mesh(),
         )

@@ -15,7 +15,7 @@ def run_evaluate(folder, start_folder, text_run, **changes):
         "max_new_tokens": 6,
     }
     config = evaluate.EvaluateStageConfig(model=str(start_folder), **{**inputs, **changes})
-    return evaluate.main(config, RunFolder(folder), start_mesh(1))
+    return evaluate.main(config, RunFolder(folder), start_mesh())
 
 
 def test_equal_runs_give_equal_scores_and_samples(tmp_path, start_folder, text_run):

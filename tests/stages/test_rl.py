@@ -44,7 +44,7 @@ def session(start_folder, tmp_path):
         steps=1, optimizer=OptimizerConfig(learning_rate=1e-3), prompts_per_step=2, completions_per_prompt=2, max_new_tokens=4,
         tokens_per_microbatch=9, precision="fp32",
     )  # fmt: skip
-    mesh = start_mesh(1)
+    mesh = start_mesh()
     return Session("rl", config, RunFolder(tmp_path / "run"), mesh, lambda: load_start(start_folder, mesh.device)), config
 
 

@@ -70,7 +70,7 @@ def test_a_finished_stage_trains_no_further(stage_runner, tmp_path):
 
 def session_of(folder: Path, decoder, tokenizer, **changes) -> Session:
     settings = {"steps": 50, "optimizer": OptimizerConfig(learning_rate=0.1), "checkpoint_every_steps": 100, **changes}
-    return Session("test", TrainingConfig(**settings), RunFolder(folder), start_mesh(1), lambda: (decoder, tokenizer))
+    return Session("test", TrainingConfig(**settings), RunFolder(folder), start_mesh(), lambda: (decoder, tokenizer))
 
 
 def put_gradients(decoder, value: float) -> None:
