@@ -57,13 +57,13 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     if dtype is None and len(kinds) > 1:
         raise BadCheckpoint(f"{folder}: tensors have dtypes {' and '.join(kinds)}; choose one with dtype=")
     decoder = decoder.to(dtype or _DTYPES[kinds[0]]).to_empty(device=device)
-    _fill(stored, {name: Piece.of(parameter) for name, parameter in decoder.named_parameters()})
+    _fill(stored, {name: Piece.of(parameter) for name, parameter in decoder.named_parameters()}, decoder.config)
     return decoder
 
 
 def load_pieces(folder: str | Path, pieces: dict[str, Piece]) -> None:
-    """Fill pieces of parameters, by our names, from a Hugging Face folder, checked as `load` checks; a rank reads its bytes
-    alone, whatever wrote the folder.
+    """Fill pieces of parameters, by our names, from a Hugging Face folder, checked as `load` checks; a rank reads its own
+    bytes alone, whatever wrote the folder. A tied head that is stored again is compared where the embedding is filled.
     """
     folder = Path(folder)
     decoder = _on_meta(read_config(folder))
@@ -71,11 +71,11 @@ def load_pieces(folder: str | Path, pieces: dict[str, Piece]) -> None:
     shape = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     for name, piece in pieces.items():
         if shape.get(name) != piece.shape:
+            there = list(shape[name]) if name in shape else "absent"
             raise BadCheckpoint(
-                f"{folder}: {name} is to be {list(piece.shape)}, but config.json makes it {list(shape.get(name, ()))}; "
-                "load it into a model of this config"
+                f"{folder}: {name} is {list(piece.shape)} in the model but {there} in config.json; load a folder of this model"
             )
-    _fill(stored, pieces)
+    _fill(stored, pieces, decoder.config)
 
 
 def wholes(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Whole]:
@@ -115,10 +115,10 @@ def _stored(folder: Path, decoder: Decoder) -> dict[str, Stored]:
 
 
 @torch.no_grad()
-def _fill(stored: dict[str, Stored], pieces: dict[str, Piece]) -> None:
+def _fill(stored: dict[str, Stored], pieces: dict[str, Piece], config: DecoderConfig) -> None:
     read_pieces(stored, {their_name(name): piece for name, piece in pieces.items()})
     embedding = pieces.get(our_name(_EMBEDDING))
-    if _HEAD in stored and _HEAD not in pieces and embedding is not None:
+    if config.tie_embeddings and _HEAD in stored and embedding is not None:
         head = embedding._replace(tensor=torch.empty_like(embedding.tensor))
         read_pieces(stored, {_HEAD: head})
         if not torch.equal(head.tensor, embedding.tensor):

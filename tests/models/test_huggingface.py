@@ -5,6 +5,7 @@ import pickle
 import stat
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from warpline.data.tokenizer import ChatTokenizer, train_tokenizer
 from warpline.models.decoder import Decoder, DecoderConfig
 from warpline.models.generation import generate
-from warpline.models.huggingface import BadCheckpoint, load, read_config, save
+from warpline.models.huggingface import BadCheckpoint, describe, load, load_pieces, read_config, save, their_name, wholes
+from warpline.parallel.tensor_file import Piece, create, plan, write
 
 with warnings.catch_warnings():
     # transformers' dependencies announce their own deprecations while they are imported.
@@ -262,6 +264,67 @@ def test_a_tied_model_may_store_its_head_but_not_another_one(tmp_path):
     edit_weights(tmp_path, lambda t: t["lm_head.weight"][3, 4].add_(1e-3))
     with pytest.raises(BadCheckpoint, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but config"):
         load(tmp_path)
+    for first, is_refused in ((0, True), (4, False)):  # a rank compares the rows that it holds
+        rows = {"embed_tokens.weight": Piece(torch.zeros(4, 32), (53, 32), (first, 0))}
+        with pytest.raises(BadCheckpoint, match="lm_head") if is_refused else nullcontext():
+            load_pieces(tmp_path, rows)
+
+
+def halves(decoder: Decoder, rank: int) -> dict[str, Piece]:
+    """What one of two ranks holds: rows of the embeddings, columns of the other matrices, all of the vectors."""
+    pieces = {}
+    for name, parameter in decoder.named_parameters():
+        dim = 0 if "embed" in name or name == "lm_head.weight" else parameter.ndim - 1
+        half = -(-parameter.shape[dim] // 2)
+        start, size = (
+            (rank * half, min(half, parameter.shape[dim] - rank * half)) if parameter.ndim > 1 else (0, parameter.shape[0])
+        )
+        offset = tuple(start if d == dim else 0 for d in range(parameter.ndim))
+        part = parameter.detach().narrow(dim, start, size)
+        pieces[name] = Piece(part, tuple(parameter.shape), offset, parameter.ndim > 1 or rank == 1)
+    return pieces
+
+
+@pytest.mark.parametrize("variant", ["qwen3_tied_biased", "gemma2_untied"])
+def test_a_rank_reads_its_part_of_a_folder_of_transformers(variant, tmp_path):
+    make_theirs(variant).save_pretrained(tmp_path, max_shard_size="20KB")
+    whole = load(tmp_path)
+    for rank in range(2):
+        empty = {name: piece._replace(tensor=torch.zeros_like(piece.tensor)) for name, piece in halves(whole, rank).items()}
+        load_pieces(tmp_path, empty)
+        assert all(torch.equal(empty[name].tensor, piece.tensor) for name, piece in halves(whole, rank).items())
+        assert len(empty) == len(list(whole.parameters()))
+    alone = Piece.of(torch.zeros_like(whole.embed_tokens.weight, dtype=torch.float64))
+    load_pieces(tmp_path, {"embed_tokens.weight": alone})
+    assert torch.equal(alone.tensor, whole.embed_tokens.weight.double())
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_ranks_write_the_folder_that_one_process_saves_and_transformers_loads_it(max_shard_bytes, tmp_path):
+    theirs = make_theirs("qwen3_tied_biased")
+    theirs.save_pretrained(tmp_path / "theirs")
+    decoder = load(tmp_path / "theirs")
+    save(decoder, tmp_path / "one", max_shard_bytes=max_shard_bytes)
+    (tmp_path / "two").mkdir()
+    layout = plan(wholes(decoder.config, torch.float32), "model", max_shard_bytes)
+    create(layout, tmp_path / "two")
+    for rank in range(2):
+        write(layout, tmp_path / "two", {their_name(name): piece for name, piece in halves(decoder, rank).items()})
+    describe(decoder.config, tmp_path / "two", dtype=torch.float32)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(files) >= 3
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
+
+
+def test_pieces_of_another_model_and_folders_of_another_are_refused_by_name(folder):
+    for name, message in (("norm.weight", r"norm\.weight is \[3\] in the model but \[32\] in"), ("x", "x is .* but absent in")):
+        with pytest.raises(BadCheckpoint, match=f"{message} config\\.json; load a folder of this model"):
+            load_pieces(folder, {name: Piece.of(torch.zeros(3))})
+    edit_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(BadCheckpoint, match=r"tensor lm_head\.weight is missing"):
+        load_pieces(folder, {"norm.weight": Piece.of(torch.zeros(32))})
 
 
 class Malice:
