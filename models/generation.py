@@ -5,6 +5,7 @@ own numbers, not on the batch it lies in. The reported log-probabilities come fr
 trainers use, at the same temperature. Sequences that ended leave the batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ def generate(
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """[B]: where each row's number in [0, 1) falls among its cumulated probabilities."""
+    """[B]: where each row's number in [0, 1) falls among its cumulated probabilities; the last token where they are NaN."""
     found = []
     rows = max(1, DRAWN_NUMBERS // logits_BV.shape[1])
     for logits, uniform in zip(logits_BV.split(rows), uniform_B.split(rows), strict=True):
@@ -79,7 +80,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         total = cumulated[:, -1:]
         # Below the total even where the product rounds to it: behind it are tokens of probability 0.
         place = torch.minimum(uniform[:, None].double() * total, torch.nextafter(total, torch.zeros_like(total)))
-        found.append(torch.searchsorted(cumulated, place, right=True)[:, 0])
+        found.append(torch.searchsorted(cumulated, place, right=True)[:, 0].clamp(max=logits.shape[1] - 1))
     return torch.cat(found)
 
 
@@ -142,6 +143,11 @@ class _Batch:
         """Append one token to each growing sequence; return the batch indices of those that go on."""
         growing = []
         for index, (row, token, logprob) in enumerate(zip(row_B, tokens, logprobs, strict=True)):
+            if not math.isfinite(logprob):
+                raise ValueError(
+                    f"received log-probability {logprob} for token {len(self.ids[row])} of a completion; expected finite "
+                    "logits: the model's weights overflow or are not finite, use an earlier checkpoint or another precision"
+                )
             self.ids[row].append(token)
             self.logprobs[row].append(logprob)
             if token in self.end_ids:
