@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from warpline.models.decoder import Decoder, DecoderConfig, KeyValueCache, num_parameters
+from warpline.models.decoder import INITIAL_NUMBERS, Decoder, DecoderConfig, KeyValueCache, initial_values, num_parameters
 from warpline.models.rope_scaling import LinearRopeScaling, RopeScaling, YarnRopeScaling
 
 LLAMA = DecoderConfig(
@@ -270,6 +270,28 @@ def test_initialisation_is_a_function_of_the_seed(shape, neutral):
     assert first["layers.3.mlp.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.05)
     assert first["layers.3.mlp.down_proj.weight"].std().item() == pytest.approx(0.05 / 4, rel=0.05)
     assert first["layers.3.self_attn.o_proj.weight"].std().item() == pytest.approx(0.05 / 4, rel=0.1)
+
+
+def test_initial_values_of_a_part_are_the_part_of_the_whole():
+    """A matrix of four blocks: rows within one, across two and three, columns, nothing; and another seed or name is another."""
+    name, whole, nowhere = "layers.1.mlp.up_proj.weight", (5000, 700), (0, 0)
+    assert 3 < whole[0] * whole[1] / INITIAL_NUMBERS < 4
+    full = initial_values(LLAMA, name, 3, whole, nowhere, whole)
+    parts = [((0, 0), (10, 700)), ((1490, 0), (20, 700)), ((1400, 350), (3200, 350)), ((4999, 699), (1, 1)), ((5000, 0), (0, 700)),
+             ((2500, 0), (0, 700))]  # fmt: skip
+    for offset, shape in parts:
+        expected = full[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]]
+        assert torch.equal(initial_values(LLAMA, name, 3, whole, offset, shape), expected)
+    blocks = [full[start : start + 1000].flatten() for start in range(0, 5000, 1000)]
+    assert all(block.std().item() == pytest.approx(LLAMA.init_std, rel=0.01) for block in blocks)
+    assert all(abs(block.mean().item()) < 5 * LLAMA.init_std / 700_000**0.5 for block in blocks)
+    rows_per_block = INITIAL_NUMBERS // 700
+    assert not torch.equal(full[:10], full[rows_per_block : rows_per_block + 10]), "blocks have generators of their own"
+    for other in (
+        initial_values(LLAMA, name, 4, whole, nowhere, (1, 9)),
+        initial_values(LLAMA, "x", 3, whole, nowhere, (1, 9)),
+    ):
+        assert not torch.equal(full[:1, :9], other)
 
 
 @pytest.mark.parametrize(
