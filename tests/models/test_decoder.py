@@ -277,9 +277,11 @@ def test_initial_values_of_a_part_are_the_part_of_the_whole():
     name, whole, nowhere = "layers.1.mlp.up_proj.weight", (5000, 700), (0, 0)
     assert 3 < whole[0] * whole[1] / INITIAL_NUMBERS < 4
     full = initial_values(LLAMA, name, 3, whole, nowhere, whole)
-    parts = [((0, 0), (10, 700)), ((1490, 0), (20, 700)), ((1400, 350), (3200, 350)), ((4999, 699), (1, 1)), ((5000, 0), (0, 700)),
-             ((2500, 0), (0, 700))]  # fmt: skip
-    for offset, shape in parts:
+    parts = {
+        (0, 0): (10, 700), (1490, 0): (20, 700), (1400, 350): (3200, 350), (4999, 699): (1, 1), (5000, 0): (0, 700),
+        (2500, 0): (0, 700),
+    }  # fmt: skip
+    for offset, shape in parts.items():
         expected = full[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]]
         assert torch.equal(initial_values(LLAMA, name, 3, whole, offset, shape), expected)
     blocks = [full[start : start + 1000].flatten() for start in range(0, 5000, 1000)]
