@@ -23,9 +23,10 @@ test-all: test
 	$(PYTEST) -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu" tests/kernels
 
-# One call on a machine with a GPU, from the checkout alone; results and logs under OUT, else bench/results.
+# One call on a machine with a GPU, from the checkout alone; results and logs under OUT, else bench/results. Called again it goes
+# on where it was cut off; NAMES="tests attention" runs those parts.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m warpline.bench.gpu $(if $(OUT),--out $(OUT))
+	PYTHONPATH=src $(PYTHON) -m warpline.bench.gpu $(NAMES) $(if $(OUT),--out $(OUT))
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
 """One call for a short lease of a GPU machine: the kernels' GPU tests, then every bench in its quick form, then a table.
 
-Run     make gpu [OUT=DIR]      (or: PYTHONPATH=src python -m warpline.bench.gpu --out DIR)
-Needs   python, torch, triton, pytest; nvidia-ml-py for the driver's version; peers where they are importable
-Writes  DIR/gpu_tests.log, DIR/<bench>.log, DIR/<machine>/<bench>.json (default DIR: bench/results)
+Run     make gpu [OUT=DIR] [NAMES="attention adamw"]      (or: PYTHONPATH=src python -m warpline.bench.gpu NAME ... --out DIR)
+Needs   python, torch, triton, pytest, pytest-benchmark; nvidia-ml-py for telemetry; peers where they are importable
+Writes  DIR/gpu_tests.log, DIR/<bench>.log, DIR/<machine>/<date>-<commit>.json (default DIR: bench/results), and pictures where
+        matplotlib is
 Expect  exit code 0 only if every part ended with 0. Rows are on disk as they are measured, so a run that is cut off leaves
-        complete ones; the tests come first.
+        complete ones. Called again it goes on: what is complete is left out, unless it is named. The tests come first.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-from .measure import RESULTS
+import torch
+
+from .measure import Report
+from .rows import RESULTS
+from .suite import KERNELS, pictures
+from .table import table
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHES = ("logit_block", "linear_logprob", "linear_divergence", "attention", "rms_norm", "rope", "swiglu", "adamw")
+PARTS = ("tests", *KERNELS)
+PASSED = "gpu_tests.passed"
 
 
 def run(name: str, command: list[str], folder: Path) -> tuple[int, float]:
@@ -34,32 +41,51 @@ def run(name: str, command: list[str], folder: Path) -> tuple[int, float]:
     return code, time.monotonic() - started
 
 
+def todo(names: list[str], folder: Path) -> list[str]:
+    """What is named, else what is not complete: a part that failed or was cut off runs again."""
+    if names:
+        return [part for part in PARTS if part in names]
+    report = _report(folder)
+    passed = folder / f"{PASSED}-{report.results.machine['commit']}"
+    done = {name for name, bench in report.results.benches.items() if bench.ended == "complete"}
+    return [part for part in PARTS if part not in done | ({"tests"} if passed.exists() else set())]
+
+
+def _report(folder: Path) -> Report:
+    return Report(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"tests or benches to run: tests {' '.join(BENCHES)}; default all"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"parts to run: {' '.join(PARTS)}; default the incomplete")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - {"tests", *BENCHES}
+    unknown = set(arguments.names) - set(PARTS)
     if unknown:
-        parser.error(f"{sorted(unknown)[0]!r} is neither tests nor a bench; choose among tests {' '.join(BENCHES)}")
+        parser.error(f"{sorted(unknown)[0]!r} is neither tests nor a bench; choose among {' '.join(PARTS)}")
     folder = arguments.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [name for name in ("tests", *BENCHES) if not arguments.names or name in arguments.names]
-    ended = {}
+    chosen, ended = todo(arguments.names, folder), {}
+    print(f"to do: {' '.join(chosen) or 'nothing'}", flush=True)
     for name in chosen:
         if name == "tests":
             # Warnings are errors on the pinned versions only, and this machine brings its own.
             pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-W", "default", "tests/kernels"]
             ended[name] = run("gpu_tests", pytest, folder)
+            if ended[name][0] == 0:
+                (folder / f"{PASSED}-{_report(folder).results.machine['commit']}").touch()
         else:
-            command = [sys.executable, "-m", f"warpline.bench.{name}", "--quick", "--out", str(folder)]
+            command = [sys.executable, "-m", "warpline.bench.suite", name, "--quick", "--no-pictures", "--out", str(folder)]
             ended[name] = run(name, command, folder)
+    report = _report(folder)
+    if report.path.exists():
+        for path in pictures(report.path):
+            print(path)
+        print(table(report.results, KERNELS))
     print("\npart                 exit code   seconds")
     for name, (code, seconds) in ended.items():
         print(f"{name:<20} {code:>9} {seconds:>9.0f}")
-    sys.exit(max(code for code, _ in ended.values()))
+    sys.exit(max((code for code, _ in ended.values()), default=0))
 
 
 if __name__ == "__main__":

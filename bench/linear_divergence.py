@@ -1,141 +1,169 @@
-"""Divergences from both sides' hidden states, against full logits in torch and Liger's fused JSD, and the bare products.
+"""Divergences from both sides' hidden states, against full logits in torch and Liger's fused JSD, and the bare products; top k.
 
-Run     python -m warpline.bench.linear_divergence [--quick] [--out DIR]
-Writes  DIR/<machine>/linear_divergence.json
+Run     warpline bench linear_divergence [--quick] [--out DIR]
 Expect  a row per kind, candidate and shape, forward and backward. The products needed: the student's logits twice and the
-        teacher's twice (the backward makes both again), d_hidden and d_weight.
+        teacher's twice (the backward makes both again), d_hidden and d_weight. The cache of a teacher's top 64: making it, and
+        the forward KL against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.linear_divergence import linear_divergence, linear_divergence_reference, linear_topk, linear_topk_divergence
-from .measure import Report, Row, absent, begin, interleaved, peak_mib, relative_error
+from ..kernels.linear_divergence import linear_divergence, linear_topk, linear_topk_divergence
+from ..kernels.linear_topk import linear_topk_divergence_reference
+from .head import Loss, both_ways, chunks, compiled, gpu_peers, gradients_in_chunks, head, head_bytes, working_dtype
+from .measure import Candidate, Case, Inputs
 
-# T, D, U, V: an 8B-sized student's width beside a larger teacher's, and the laptop line's.
-GPU_SHAPES = [(8192, 4096, 4096, 131072), (4096, 2048, 4096, 151936)]
-CPU_SHAPES = [(2048, 256, 512, 16384), (4096, 128, 128, 1024)]
-CPU_QUICK = [(512, 64, 128, 4096)]
-CHECKED_TOKENS = 64
+KINDS = ("forward_kl", "reverse_kl", "jsd")
 CACHE_ENTRIES = 64
+HALF = 0.6931471805599453  # log 2
 
 
-class Problem:
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device):
-        tokens, width, teacher_width, entries = shape
-        self.shape, self.device = shape, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random(*size: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(size, generator=generator, device=device)).to(self.dtype)
-
-        self.hidden, self.weight = random(tokens, width), random(entries, width, scale=2.0 / width**0.5)
-        self.teacher = random(tokens, teacher_width), random(entries, teacher_width, scale=2.0 / teacher_width**0.5)
-        self.hidden.requires_grad_()
-        self.weight.requires_grad_()
-
-    def products(self) -> Callable[[], None]:
-        d_logits = torch.randn(self.shape[0], self.shape[3], device=self.device, dtype=self.dtype)
-        hidden, weight, (teacher_hidden, teacher_weight) = self.hidden.detach(), self.weight.detach(), self.teacher
-
-        def all_of_them() -> None:
-            for _ in range(2):
-                hidden @ weight.t()
-                teacher_hidden @ teacher_weight.t()
-            d_logits @ weight
-            d_logits.t() @ hidden
-
-        return all_of_them
+def shapes(device: torch.device, is_quick: bool) -> list[tuple[int, int, int, int]]:
+    """T, D, U, V: a student of an 8B model's width beside as wide a teacher, a narrow one beside a wider; a laptop's."""
+    if device.type == "cpu":
+        return [(512, 64, 128, 4096)] if is_quick else [(512, 128, 256, 8192), (2048, 128, 256, 4096)]
+    middle = (8192, 4096, 4096, 131072)
+    if is_quick:
+        return [middle]
+    lengths = [(tokens, *middle[1:]) for tokens in (2048, 4096, 8192, 16384)]
+    return [*lengths, (8192, 2048, 4096, 151936), (8192, 2048, 8192, 128256)]
 
 
-def eager(p: Problem, kind: str) -> Tensor:
-    student, teacher = F.linear(p.hidden, p.weight).float(), F.linear(*p.teacher).float()
+def eager_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Their sum over the tokens, from both sides' logits."""
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     if kind == "forward_kl":
         return F.kl_div(log_s, log_t, reduction="sum", log_target=True)
     if kind == "reverse_kl":
         return F.kl_div(log_t, log_s, reduction="sum", log_target=True)
-    log_m = torch.logaddexp(log_s, log_t) - 0.6931471805599453
+    log_m = torch.logaddexp(log_s, log_t) - HALF
     parts = (F.kl_div(log_m, log_p, reduction="sum", log_target=True) for log_p in (log_s, log_t))
-    return 0.5 * sum(parts, torch.zeros((), device=p.device))
+    return 0.5 * sum(parts, torch.zeros((), device=student.device))
 
 
-def ours(p: Problem, kind: str) -> Tensor:
-    return linear_divergence(p.hidden, p.weight, *p.teacher, kind=kind).sum()  # type: ignore[arg-type]
+def eager(x: Inputs, kind: str) -> Tensor:
+    teacher = F.linear(x["teacher_hidden"], x["teacher_weight"])
+    return eager_divergence(F.linear(x["hidden"], x["weight"]), teacher, kind)
 
 
-def _liger(p: Problem) -> Callable[[], Tensor]:
+def ours(x: Inputs, kind: str) -> Tensor:
+    sides = (x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"])
+    return linear_divergence(*sides, kind=kind).sum()  # type: ignore[arg-type]
+
+
+def inputs_of(shape: tuple[int, int, int, int], generator: torch.Generator) -> Inputs:
+    tokens, width, teacher_width, entries = shape
+    teacher = head(tokens, teacher_width, entries, generator)
+    detached = {f"teacher_{name}": teacher[name].detach() for name in ("hidden", "weight")}
+    return {**head(tokens, width, entries, generator), **detached}
+
+
+def summed_over_chunks(x: Inputs, dtype: torch.dtype, loss: Callable[[Tensor, Tensor, slice], Tensor]) -> list[Tensor]:
+    """[value, d_hidden, d_weight] of a loss that is a sum over tokens."""
+    hidden, weight = (x[name].detach().to(dtype) for name in ("hidden", "weight"))
+    with torch.no_grad():
+        parts = chunks(len(hidden), len(weight), hidden.device)
+        value = sum((loss(hidden[p], weight, p) for p in parts), torch.zeros((), device=hidden.device))
+    return [value, *gradients_in_chunks(loss, hidden, weight)]
+
+
+def reference(x: Inputs, dtype: torch.dtype, kind: str) -> list[Tensor]:
+    teacher_hidden, teacher_weight = (x[f"teacher_{name}"].to(dtype) for name in ("hidden", "weight"))
+
+    def loss(hidden: Tensor, weight: Tensor, part: slice) -> Tensor:
+        return eager_divergence(F.linear(hidden, weight), F.linear(teacher_hidden[part], teacher_weight), kind)
+
+    return summed_over_chunks(x, dtype, loss)
+
+
+def bare_products(x: Inputs) -> list[Callable[[], Tensor]]:
+    hidden, weight = x["hidden"].detach(), x["weight"].detach()
+    d_logits = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
+    both = [lambda: hidden @ weight.t(), lambda: x["teacher_hidden"] @ x["teacher_weight"].t()]
+    return [*both, *both, lambda: d_logits @ weight, lambda: d_logits.t() @ hidden]
+
+
+def cases(device: torch.device, is_quick: bool) -> Iterator[Case]:
+    peers, missing = gpu_peers(device, {"liger": ("liger_kernel.transformers.fused_linear_jsd", _liger)})
+    products = Candidate(lambda chosen: [product() for product in chosen], bare_products)
+    dtype = working_dtype(device)
+    for shape in shapes(device, is_quick):
+        tokens, width, teacher_width, entries = shape
+        sizes = dict(zip("TDUV", shape, strict=True))
+        once = head_bytes((tokens, width, entries), dtype)
+        flops = 2.0 * tokens * entries * (4 * width + 2 * teacher_width)
+        for kind in KINDS:
+            losses: dict[str, Loss] = {"warpline": partial(ours, kind=kind), "eager": partial(eager, kind=kind)}
+            if device.type == "cuda":
+                losses["torch.compile"] = compiled(losses["eager"])
+            losses |= peers if kind == "jsd" else {}
+            yield Case(
+                f"{kind}, forward + backward", sizes, dtype, partial(inputs_of, shape),
+                {name: both_ways(loss) for name, loss in losses.items()}, partial(reference, kind=kind),
+                flops=flops,
+                bytes_moved=2 * once + head_bytes((tokens, teacher_width, entries), dtype), tokens=tokens,
+                limits={"bare products": products}, absent=missing,
+            )  # fmt: skip
+        yield from cached(shape, sizes, dtype)
+
+
+def cached(shape: tuple[int, int, int, int], sizes: dict[str, int], dtype: torch.dtype) -> Iterator[Case]:
+    """Making the cache of the teacher's top entries, and the divergence against it."""
+    tokens, width, teacher_width, entries = shape
+
+    @torch.no_grad()
+    def eager_topk(x: Inputs) -> Tensor:
+        logits = F.linear(x["teacher_hidden"], x["teacher_weight"])
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1).topk(CACHE_ENTRIES).values
+
+    def topk_reference(x: Inputs, dtype: torch.dtype) -> list[Tensor]:
+        weight = x["teacher_weight"].to(dtype)
+        hidden = x["teacher_hidden"]
+        parts = chunks(tokens, entries, hidden.device)
+        return [torch.cat([eager_topk({"teacher_hidden": hidden[p].to(dtype), "teacher_weight": weight}) for p in parts])]
+
+    def our_topk(x: Inputs) -> Tensor:
+        return linear_topk(x["teacher_hidden"], x["teacher_weight"], CACHE_ENTRIES)[1]
+
+    yield Case(
+        "top 64 of the teacher", sizes, dtype, partial(inputs_of, shape),
+        {"warpline": Candidate(our_topk), "eager": Candidate(eager_topk)}, topk_reference,
+        flops=2.0 * tokens * entries * teacher_width,
+        bytes_moved=head_bytes((tokens, teacher_width, entries), dtype), tokens=tokens,
+    )  # fmt: skip
+
+    def inputs(generator: torch.Generator) -> Inputs:
+        x = inputs_of(shape, generator)
+        x["ids"], x["logprobs"] = linear_topk(x["teacher_hidden"], x["teacher_weight"], CACHE_ENTRIES)
+        return x
+
+    def cached_reference(x: Inputs, dtype: torch.dtype) -> list[Tensor]:
+        logprobs = x["logprobs"].double() if dtype == torch.float64 else x["logprobs"]
+        return summed_over_chunks(
+            x, dtype, lambda hidden, weight, p: linear_topk_divergence_reference(hidden, weight, x["ids"][p], logprobs[p]).sum()
+        )
+
+    def loss_of(function: Callable[..., Tensor]) -> Candidate:
+        return both_ways(lambda x: function(x["hidden"], x["weight"], x["ids"], x["logprobs"]).sum())
+
+    yield Case(
+        "forward KL of a cache of 64", sizes, dtype, inputs,
+        {"warpline": loss_of(linear_topk_divergence), "eager": loss_of(linear_topk_divergence_reference)},
+        cached_reference, flops=8.0 * tokens * entries * width,
+        bytes_moved=2 * head_bytes((tokens, width, entries), dtype), tokens=tokens,
+    )  # fmt: skip
+
+
+def _liger() -> Loss:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     jsd = LigerFusedLinearJSD(jsd_beta=0.5)
-    return lambda: jsd(p.hidden, p.weight, p.teacher[0], p.teacher[1]) * len(p.hidden)
-
-
-def both_ways(p: Problem, loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss(), (p.hidden, p.weight))
-
-
-def error_of(p: Problem, loss: Callable[[Problem, str], Tensor], kind: str) -> float:
-    """Of d_hidden of the first tokens against fp64."""
-    hidden = p.hidden.detach()[:CHECKED_TOKENS]
-    part = Problem.__new__(Problem)
-    part.__dict__.update(p.__dict__)
-    part.hidden = hidden.clone().requires_grad_()
-    part.teacher = p.teacher[0][:CHECKED_TOKENS], p.teacher[1]
-    doubled = [x.detach().double() for x in (hidden, p.weight, *part.teacher)]
-    doubled[0].requires_grad_()
-    truth = linear_divergence_reference(*doubled, kind=kind).sum()
-    actual = torch.autograd.grad(loss(part, kind), part.hidden)[0]
-    return relative_error(actual, torch.autograd.grad(truth, doubled[0])[0])
-
-
-def run(shape: tuple[int, int, int, int], device: torch.device, report: Report, seconds: float) -> None:
-    p = Problem(shape, device)
-    tokens, width, teacher_width, entries = shape
-    sizes, dtype = dict(zip("TDUV", shape, strict=True)), str(p.dtype).removeprefix("torch.")
-    flops = 2 * tokens * entries * (4 * width + 2 * teacher_width)
-    for kind in ("forward_kl", "reverse_kl", "jsd"):
-        losses: dict[str, Callable[[], Tensor]] = {"warpline": partial(ours, p, kind), "eager torch": partial(eager, p, kind)}
-        if kind == "jsd":
-            reason = absent("liger_kernel.transformers.fused_linear_jsd") if device.type == "cuda" else "runs on a GPU only"
-            if reason is None:
-                losses["liger"] = _liger(p)
-            else:
-                print(f"absent: liger: {reason}")
-        candidates = {name: partial(both_ways, p, loss) for name, loss in losses.items()}
-        times = interleaved({"bare products": p.products(), **candidates}, device, seconds)
-        errors = {name: error_of(p, f, kind) for name, f in (("warpline", ours), ("eager torch", eager))}
-        for name, (median, spread) in times.items():
-            report.add(Row(
-                f"{kind}, forward + backward", name, sizes, dtype, median, spread, tflops=flops / median / 1e9,
-                of_bare_products=median / times["bare products"][0],
-                peak_mib=peak_mib(candidates[name], device) if name in candidates else None,
-                error=errors.get(name), eager_error=errors["eager torch"] if name in errors else None,
-            ))  # fmt: skip
-    cache = linear_topk(*p.teacher, CACHE_ENTRIES)
-    cached: dict[str, Callable[[], object]] = {
-        "top 64 of the teacher": lambda: linear_topk(*p.teacher, CACHE_ENTRIES),
-        "against the cache": partial(both_ways, p, lambda: linear_topk_divergence(p.hidden, p.weight, *cache).sum()),
-    }
-    for name, (median, spread) in interleaved(cached, device, seconds).items():
-        report.add(Row("top-k", name, sizes, dtype, median, spread, peak_mib=peak_mib(cached[name], device)))
-
-
-def main() -> None:
-    device, report, is_quick = begin("linear_divergence", __doc__, "one shape, half a second a candidate")
-    shapes = {
-        ("cuda", False): GPU_SHAPES, ("cuda", True): GPU_SHAPES[:1], ("cpu", False): CPU_SHAPES, ("cpu", True): CPU_QUICK,
-    }[device.type, is_quick]  # fmt: skip
-    for shape in shapes:
-        run(shape, device, report, 0.5 if is_quick else 2.0)
-
-
-if __name__ == "__main__":
-    main()
+    return lambda x: jsd(x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"]) * len(x["hidden"])

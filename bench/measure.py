@@ -1,131 +1,149 @@
-"""How benches measure: candidates interleaved in one process, medians with their spread, peak memory, rows saved as they come.
+"""How benches measure: candidates interleaved in one process on rotated inputs, medians with their spread, errors against fp64.
 
-Run     by the benches of this folder
-Writes  RESULTS/<machine>/<bench>.json: what it ran on (card, driver, versions, commit), and one row per candidate and shape;
-        rewritten after every row, so that a run that is cut off leaves complete rows
-Expect  the spread is the interquartile range; a difference below it is no difference. On a GPU times come from events.
+Run     by the benches of this folder, through `suite`
+Writes  the rows of `results`, on disk as they come
+Expect  A, B, C, A', A, B, C, A' …: A' is ours once more, and the difference of its median from A's, or of the two halves of any
+        candidate's own runs, is the spread below which no difference is called one. Inputs are random, and as many copies
+        take turns as do not fit into three times the last cache. On a GPU times come from events, behind a spin that lets the
+        host run ahead.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
-import json
-import platform
+import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .machine import cache_bytes, held_bytes, machine_of, resident_peak_mib
+from .rows import RESULTS, BadResults, Bench, Results, load, path_of, save
+from .rows import Row as Row  # benches that run by themselves take it from here
+from .telemetry import Telemetry
+
+ITSELF = "itself"
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+# What a peer that is installed can raise on a shape it does not do; torch.OutOfMemoryError is a RuntimeError.
+REFUSALS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError)
+Inputs = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """`call` is timed, of what `prepare` made of the inputs beforehand; what it returns is compared with the reference's."""
+
+    call: Callable[[Any], Any]
+    prepare: Callable[[Inputs], Any] | None = None
 
 
 @dataclass
-class Row:
-    """One candidate at one shape. `flops` and `bytes_moved` are what the operation needs, not what a candidate spends."""
+class Case:
+    """One operation at one shape. Ours is the first candidate.
+
+    `reference(inputs, dtype)` computes in that dtype what `part` takes of a candidate's result: a list of tensors. `flops` and
+    `bytes_moved` are what the operation needs. `limits` are calls beside it, such as its bare products.
+    """
 
     operation: str
-    candidate: str
     shape: dict[str, int]
-    dtype: str
-    milliseconds: float
-    spread: float
-    tflops: float | None = None
-    gbytes_per_second: float | None = None
-    of_bare_products: float | None = None  # this row's time over that of the products the operation needs
-    peak_mib: float | None = None
-    error: float | None = None  # largest error against fp64, relative to the largest number
-    eager_error: float | None = None
-    of_copy: float | None = None  # bytes a second over those of a plain copy of as many bytes, in the same run
-    host_microseconds: float | None = None  # from the call to its return, not waiting for the device
-    note: str = ""
+    dtype: torch.dtype
+    inputs: Callable[[torch.Generator], Inputs]
+    candidates: dict[str, Candidate]
+    reference: Callable[[Inputs, torch.dtype], Sequence[Tensor]] | None = None
+    part: Callable[[Any, Inputs], Sequence[Tensor]] | None = None
+    flops: float = 0.0
+    bytes_moved: float = 0.0
+    tokens: int | None = None
+    limits: dict[str, Candidate] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        sizes = ",".join(f"{name}={size}" for name, size in self.shape.items())
+        return f"{self.operation} [{sizes}]"
+
+
+class Rounds(Protocol):
+    """pytest-benchmark's fixture, as far as it is used: it calls one round at a time."""
+
+    def pedantic(self, target: Callable[..., Any], *, setup: Callable[[], Any], rounds: int) -> Any: ...
 
 
 class Report:
-    """The rows of one bench, on disk after every one."""
+    """The rows of a run, on disk after every one; an earlier file of the same day and commit is continued."""
 
-    def __init__(self, name: str, folder: Path, device: torch.device):
-        self.machine = machine_of(device)
-        self.rows: list[Row] = []
-        self.path = folder / self.machine["card"].replace(" ", "-").lower() / f"{name}.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, device: torch.device):
+        self.device = device
+        machine = machine_of(device)
+        self.path = path_of(folder, machine)
+        try:
+            self.results = load(self.path) if self.path.exists() else Results(machine)
+        except BadResults as error:
+            print(f"begun anew: {error}")
+            self.results = Results(machine)
+        self.results.machine = machine
+        self.bench = ""
+
+    def start(self, bench: str, is_quick: bool) -> None:
+        self.bench = bench
+        self.results.rows = [row for row in self.results.rows if row.bench != bench]
+        self.results.benches[bench] = Bench("running", is_quick)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
-        text = json.dumps({"machine": self.machine, "rows": [asdict(row) for row in self.rows]}, indent=1)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.path)
+        row.bench = row.bench or self.bench
+        self.results.rows.append(row)
+        save(self.results, self.path)
         print(line_of(row), flush=True)
+
+    def absent(self, reasons: Mapping[str, str]) -> None:
+        known = self.results.benches[self.bench].absent
+        for name, reason in reasons.items():
+            if name not in known:
+                known[name] = reason
+                print(f"absent: {name}: {reason}", flush=True)
+
+    def end(self, ended: str, seconds: float) -> None:
+        bench = self.results.benches[self.bench]
+        bench.ended, bench.seconds = ended, round(seconds, 1)
+        save(self.results, self.path)
 
 
 def begin(name: str, description: str | None, quick: str) -> tuple[torch.device, Report, bool]:
-    """A bench's command line: (device, report, whether it is quick); `quick` says what --quick leaves out."""
+    """The command line of a bench that runs by itself: (device, report, whether it is quick)."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, Report(name, arguments.out, device), arguments.quick
+    report = Report(arguments.out, device)
+    report.start(name, arguments.quick)
+    return device, report, arguments.quick
 
 
 def line_of(row: Row) -> str:
     shape = " ".join(f"{name}={size}" for name, size in row.shape.items())
     parts = [f"{row.operation:<34} {shape:<28} {row.dtype:<5} {row.candidate:<22} {row.milliseconds:9.3f} ms ±{row.spread:.3f}"]
+    is_streaming = row.tflops is not None and row.gbytes_per_second and row.tflops * 1e3 < 20 * row.gbytes_per_second
     figures = (
-        ("{:6.3g} TFLOP/s", row.tflops), ("{:7.1f} GB/s", row.gbytes_per_second), ("{:.2f} × products", row.of_bare_products),
-        ("{:.2f} of copy", row.of_copy), ("host {:5.0f} µs", row.host_microseconds),
-        ("{:8.1f} MiB", row.peak_mib), ("error {:.1e}", row.error), ("(eager {:.1e})", row.eager_error),
+        ("{:6.3g} TFLOP/s", None if is_streaming else row.tflops),
+        ("{:7.1f} GB/s", row.gbytes_per_second if is_streaming else None),
+        ("{:.0%} of the ceiling", row.of_ceiling),
+        ("host {:5.0f} µs", row.host_microseconds), ("{:8.1f} MiB", row.peak_mib), ("{:.3g} J", row.joules),
+        ("error {:.1e}", row.error), ("(eager {:.1e})", row.eager_error),
     )  # fmt: skip
     parts += [words.format(number) for words, number in figures if number is not None]
+    if row.check not in ("", "passed"):
+        parts.append(row.check)
+    if "throttled" in row.telemetry:
+        parts.append(f"THROTTLED: {row.telemetry['throttled']}")
     return "  ".join([*parts, row.note]).rstrip()
-
-
-def machine_of(device: torch.device) -> dict[str, str]:
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("triton", "liger-kernel", "cut-cross-entropy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    card, driver = "cpu", "none"
-    if device.type == "cuda":
-        card, driver = torch.cuda.get_device_name(device), _driver()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"card": card, "driver": driver, "date": date, "commit": _commit(), "processor": _processor(), **versions}
-
-
-def _driver() -> str:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except ImportError:
-        return "unknown: nvidia-ml-py is absent"
-
-
-def _commit() -> str:
-    try:
-        root = Path(__file__).resolve().parent
-        done = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.machine()
 
 
 def absent(module: str) -> str | None:
@@ -137,11 +155,171 @@ def absent(module: str) -> str | None:
     return None
 
 
+# ---- One case ----
+
+
+def measure(case: Case, rounds: Rounds, report: Report, telemetry: Telemetry, seconds: float) -> list[Row]:
+    """Checks, times and reports every candidate of a case; `seconds` is what each may take."""
+    device = report.device
+    copies = _copies(case, device)
+    report.absent(case.absent)
+    results, calls = _prepared(case, copies, report)
+    errors = _errors(case, copies[0], results)
+    del results
+    times = _timed(calls, rounds, device, seconds)
+    ours = next(iter(case.candidates))
+    itself = times.pop(ITSELF, None)
+    rows = []
+    for name, taken in times.items():
+        row = _row(case, name, taken, report)
+        row.self_spread = self_spread(taken)
+        if itself is not None:
+            row.self_spread = max(row.self_spread, _difference(times[ours], itself))
+        if name in errors:
+            row.error, row.eager_error, row.check = errors[name]
+        call = partial(calls[name], 0)
+        row.peak_mib, row.host_microseconds = peak_mib(call, device), host_microseconds(call, device)
+        row.telemetry, row.joules = telemetry.watch(call, partial(synchronise, device), min(seconds, 0.5))
+        report.add(row)
+        rows.append(row)
+    return rows
+
+
+def _copies(case: Case, device: torch.device) -> list[Inputs]:
+    """As many inputs, each from a seed of its own, as three caches hold; at least one, at most 64."""
+    first = case.inputs(torch.Generator(device).manual_seed(0))
+    size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
+    count = min(64, max(1, math.ceil(3 * cache_bytes(device) / max(size, 1))))
+    return [first, *(case.inputs(torch.Generator(device).manual_seed(seed)) for seed in range(1, count))]
+
+
+def _prepared(case: Case, copies: list[Inputs], report: Report) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """(each candidate's result on the first inputs, calls by name of a copy's number); a peer that refuses is left out."""
+    results: dict[str, Any] = {}
+    calls: dict[str, Callable[[int], Any]] = {}
+    everything = {**case.candidates, **case.limits}
+    for name, (call, prepare) in everything.items():
+        try:
+            states: list[Any] = copies if prepare is None else _states(prepare, copies, report.device)
+            result = call(states[0])
+            synchronise(report.device)
+        except REFUSALS as error:
+            if name == next(iter(everything)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            report.absent({f"{name}, {case.name}": reason})
+            continue
+        if name in case.candidates:
+            results[name] = result
+        calls[name] = partial(_call_of, call, states)
+    return results, calls
+
+
+def _call_of(call: Callable[[Any], Any], states: list[Any], number: int) -> Any:
+    return call(states[number % len(states)])
+
+
+def _states(prepare: Callable[[Inputs], Any], copies: list[Inputs], device: torch.device) -> list[Any]:
+    """What is made of the inputs, of as many of them as three caches hold: a graph can be far larger than its inputs."""
+    before = held_bytes(device)
+    states = [prepare(copies[0])]
+    size = max(1, held_bytes(device) - before)
+    count = min(len(copies), max(1, math.ceil(3 * cache_bytes(device) / size)))
+    return states + [prepare(copy) for copy in copies[1:count]]
+
+
+def _errors(case: Case, inputs: Inputs, results: Mapping[str, Any]) -> dict[str, tuple[float, float, str]]:
+    """Candidate → (its largest relative error, plain torch's in the inputs' dtype, the verdict)."""
+    if case.reference is None:
+        return {}
+    part = case.part or (lambda result, _: _tensors(result))
+    truth = case.reference(inputs, torch.float64)
+    eager_error = largest_error(case.reference(inputs, case.dtype), truth)
+    # Ours may round each input and the output once more than the oracle: twice eager's error, and two roundings.
+    allowed = 2 * eager_error + 2 * torch.finfo(case.dtype).eps
+    found = {}
+    for name, result in results.items():
+        error = largest_error(part(result, inputs), truth)
+        verdict = "passed" if error <= allowed else f"failed: error {error:.1e}, allowed {allowed:.1e}"
+        found[name] = error, eager_error, verdict
+    return found
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for x in result if isinstance(x, Tensor)]
+
+
+def _timed(
+    calls: Mapping[str, Callable[[int], Any]], rounds: Rounds, device: torch.device, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of every round by candidate; ours runs once more as ITSELF."""
+    ours = next(iter(calls))
+    order = {**calls, ITSELF: calls[ours]}
+    timer = _timer(device)
+    warm = sum(timer(partial(call, 0)) for call in order.values()) / 1e3
+    count = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds * len(order) / max(warm, 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in order}
+    numbers = iter(range(count + 1))
+
+    def one_round(number: int) -> None:
+        for name, call in order.items():
+            taken[name].append(timer(partial(call, number)))
+
+    rounds.pedantic(one_round, setup=lambda: ((next(numbers),), {}), rounds=count)
+    return taken
+
+
+def _row(case: Case, name: str, taken: list[float], report: Report) -> Row:
+    median, dtype = statistics.median(taken), name_of(case.dtype)
+    row = Row(case.operation, name, case.shape, dtype, median, interquartile_range(taken), num_runs=len(taken))
+    row.tokens = case.tokens
+    row.tflops = case.flops / median / 1e9 if case.flops else None
+    row.gbytes_per_second = case.bytes_moved / median / 1e6 if case.bytes_moved else None
+    ceilings = report.results.ceilings
+    if ceilings is not None and (case.flops or case.bytes_moved) and dtype in ceilings.product_tflops:
+        row.of_ceiling = ceilings.milliseconds(case.flops, case.bytes_moved, dtype) / median
+    return row
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- Numbers ----
+
+
+def self_spread(taken: Sequence[float]) -> float:
+    """Relative difference of the medians of the two halves of one candidate's runs."""
+    return _difference(taken[: len(taken) // 2], taken[len(taken) // 2 :]) if len(taken) > 1 else 0.0
+
+
+def _difference(one: Sequence[float], other: Sequence[float]) -> float:
+    first, second = statistics.median(one), statistics.median(other)
+    return abs(first - second) / min(first, second)
+
+
+def interquartile_range(times: Sequence[float]) -> float:
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return high - low
+
+
+def largest_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    return max(relative_error(a, t) for a, t in zip(actual, truth, strict=True))
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """Largest error over the truth's largest number; NaN counts as infinite."""
+    error = ((actual.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+    return math.inf if math.isnan(error) else error
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float = 1.0
 ) -> dict[str, tuple[float, float]]:
     """Median and interquartile range, in milliseconds, of each candidate: A, B, C, A, B, C … after a warm-up of each."""
-    timer = _gpu_milliseconds if device.type == "cuda" else _cpu_milliseconds
+    timer = _timer(device)
     for function in candidates.values():
         function()
         function()
@@ -149,16 +327,20 @@ def interleaved(
     started = time.monotonic()
     while (
         min(len(times) for times in taken.values()) < 3
-        or (time.monotonic() - started < seconds * len(candidates) and len(next(iter(taken.values()))) < 200)
+        or (time.monotonic() - started < seconds * len(candidates) and len(next(iter(taken.values()))) < MAX_ROUNDS)
     ):  # fmt: skip
         for name, function in candidates.items():
             taken[name].append(timer(function))
-    return {name: (statistics.median(times), _interquartile_range(times)) for name, times in taken.items()}
+    return {name: (statistics.median(times), interquartile_range(times)) for name, times in taken.items()}
 
 
-def _interquartile_range(times: list[float]) -> float:
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-    return high - low
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    return _gpu_milliseconds if device.type == "cuda" else _cpu_milliseconds
 
 
 def _cpu_milliseconds(function: Callable[[], Any]) -> float:
@@ -167,9 +349,13 @@ def _cpu_milliseconds(function: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
+SPIN_CYCLES = 1_000_000  # about 0.5 ms, in which the host issues what follows: else an event waits for the host's launches
+
+
 def _gpu_milliseconds(function: Callable[[], Any]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(SPIN_CYCLES)
     begin.record()
     function()
     end.record()
@@ -178,9 +364,9 @@ def _gpu_milliseconds(function: Callable[[], Any]) -> float:
 
 
 def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory a call held beyond what was held before it; GPU only."""
+    """The most memory a call held beyond what was held before it: the allocator's, on a CPU the process's resident pages."""
     if device.type != "cuda":
-        return None
+        return resident_peak_mib(function)
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -202,8 +388,3 @@ def host_microseconds(function: Callable[[], Any], device: torch.device) -> floa
         taken.append(1e6 * (time.perf_counter() - started))
     torch.cuda.synchronize()
     return statistics.median(taken)
-
-
-def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest error over the truth's largest number."""
-    return ((actual.double() - truth.double()).abs().max() / truth.double().abs().max()).item()

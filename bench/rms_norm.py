@@ -1,83 +1,95 @@
 """rms_norm alone and with a residual, in bytes a second beside a plain copy, and beside what a user would take instead.
 
-Run     python -m warpline.bench.rms_norm [--quick] [--out DIR]      (PYTHONPATH=src from a checkout)
-Writes  DIR/<machine>/rms_norm.json (default bench/results)
+Run     warpline bench rms_norm [--quick] [--out DIR]
 Expect  a row per candidate, direction and shape of R rows and D columns. Bytes are those the operation needs: forward 2
         elements an element of x (4 with a residual), backward 3 (4); torch's own rms_norm multiplies before it rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..kernels.rms_norm import TABLE, rms_norm, rms_norm_reference
-from .measure import absent
-from .streaming import Streaming, run
+from .measure import Case
+from .peers import Function, add_peers, on_cuda
+from .streaming import Streaming, cases_of
 
 
-def shapes(is_gpu: bool, is_quick: bool) -> list[tuple[int, int]]:
+def shapes(device: torch.device, is_quick: bool) -> list[tuple[int, int]]:
     """Rows and columns: from what stays in the L2 to 16 times the L2, as the targets are stated."""
-    if not is_gpu:
-        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024)]
-    return [(1024, 1024), (4096, 4096), (16384, 8192)] + ([] if is_quick else [(8192, 4096), (16384, 16384), (16384, 32768)])
+    if device.type == "cpu":
+        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024), (16384, 1024)]
+    if is_quick:
+        return [(4096, 4096), (16384, 8192)]
+    return [(1024, 1024), (4096, 4096), (8192, 4096), (16384, 8192), (16384, 16384), (16384, 32768)]
 
 
-def functions(device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Ours first; the others without the fused addition add first."""
+def added(function: Function) -> Function:
+    """For who has no fused addition: it adds first."""
+
+    def call(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return function(x, weight)
+        z = x + residual
+        return function(z, weight), z
+
+    return call
+
+
+def functions(device: torch.device) -> tuple[dict[str, Function], dict[str, str]]:
+    """(ours first, why others are absent)."""
     ours = "triton" if device.type == "cuda" else "torch"
-
-    def added(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-            if residual is None:
-                return function(x, weight)
-            z = x + residual
-            return function(z, weight), z
-
-        return call
-
-    found = {
+    found: dict[str, Function] = {
         f"warpline {ours}": lambda x, w, r=None: rms_norm(x, w, residual=r, backend=ours),
-        "eager": lambda x, w, r=None: rms_norm_reference(x, w, residual=r),
+        "eager": reference,
         "torch rms_norm": added(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
+        "torch.compile": torch.compile(reference, dynamic=False),
     }
-    if device.type == "cuda":
-        found["torch.compile"] = torch.compile(lambda x, w, r=None: rms_norm_reference(x, w, residual=r), dynamic=False)
-    for name in ("transformer-engine", "apex"):
-        reason = TABLE[name].absent(device)
-        if reason is None:
-            found[name] = added(partial(rms_norm, backend=name))
-        else:
-            print(f"absent: {name}: {reason}")
-    reason = absent("liger_kernel") if device.type == "cuda" else "liger_kernel runs on CUDA"
-    if reason is None:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-        found["liger"] = added(lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False))
-    else:
-        print(f"absent: {reason}")
-    return found
+    missing = add_peers(found, {
+        **{name: (TABLE[name].absent(device), partial(_backend, name)) for name in ("transformer-engine", "apex")},
+        "liger": (on_cuda("liger_kernel", device), _liger), "quack": (on_cuda("quack", device), _quack),
+    })  # fmt: skip
+    return found, missing
 
 
-def problems(rows: int, columns: int, device: torch.device) -> list[Streaming]:
+def reference(x: Tensor, w: Tensor, r: Tensor | None = None) -> Any:
+    return rms_norm_reference(x, w, residual=r)
+
+
+def cases(device: torch.device, is_quick: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    sizes = ((rows, columns), (columns,), (rows, columns))
-    x, weight, residual = (torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes)
-    size, shape, found = x.numel() * x.element_size(), {"R": rows, "D": columns}, functions(device)
-
-    def reference(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor | None = None) -> Any:
-        return rms_norm_reference(x, w, residual=r)
-
-    return [
-        Streaming("rms_norm", shape, [x, weight], found, reference, 2 * size, 3 * size),
-        Streaming("rms_norm + residual", shape, [x, weight, residual], found, reference, 4 * size, 4 * size),
-    ]
+    found, missing = functions(device)
+    for rows, columns in shapes(device, is_quick):
+        count, shape = rows * columns, {"R": rows, "D": columns}
+        size, x, weight = count * dtype.itemsize, (rows, columns), (columns,)
+        work = (2 * size, 3 * size, 4 * count, 10 * count)
+        yield from cases_of(Streaming("rms_norm", shape, dtype, (x, weight), found, reference, *work, missing))
+        work = (4 * size, 4 * size, 5 * count, 11 * count)
+        yield from cases_of(Streaming("rms_norm + residual", shape, dtype, (x, weight, x), found, reference, *work, missing))
 
 
-if __name__ == "__main__":
-    run("rms_norm", __doc__, shapes, problems)
+def _backend(name: str) -> Function:
+    return added(partial(rms_norm, backend=name))
+
+
+def _liger() -> Function:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return added(lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False))
+
+
+def _quack() -> Function:
+    from quack import rmsnorm  # type: ignore[import-not-found, unused-ignore]
+
+    def call(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return rmsnorm(x, weight, eps=1e-6)
+        return rmsnorm(x, weight, residual=residual, eps=1e-6, prenorm=True)
+
+    return call

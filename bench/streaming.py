@@ -1,91 +1,103 @@
-"""How the benches of memory-bound operations measure: bytes a second of every candidate beside a plain copy of as many bytes.
+"""Memory-bound operations: their forward and their backward as cases, in bytes a second beside a plain copy of as many bytes.
 
 Run     by `rms_norm`, `rope` and `swiglu`
-Writes  DIR/<machine>/<bench>.json
-Expect  a copy of the same bytes in every comparison, and the error of ours and of the eager reference against fp64
+Expect  a copy of the same bytes in every comparison; the backward alone is timed, on outputs made beforehand
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .measure import Report, Row, begin, host_microseconds, interleaved, relative_error
+from .measure import Candidate, Case, Inputs
+
+Function = Callable[..., Any]
 
 
 @dataclass
 class Streaming:
     """A memory-bound operation at one shape: functions of its inputs by name, ours first, and a reference; the bytes that its
-    forward and its backward need to move."""
+    forward and its backward need to move, and the FLOPs that a formula written out takes (an exp is one)."""
 
     operation: str
     shape: dict[str, int]
-    inputs: list[torch.Tensor]
-    functions: Mapping[str, Callable[..., Any]]
-    reference: Callable[..., Any]
+    dtype: torch.dtype
+    sizes: tuple[tuple[int, ...], ...]  # of the random inputs
+    functions: Mapping[str, Function]
+    reference: Function
     forward_bytes: int
     backward_bytes: int
+    forward_flops: int
+    backward_flops: int
+    absent: dict[str, str]
 
 
-def add_streaming_rows(problem: Streaming, report: Report, seconds: float) -> None:
-    """Forward and backward of every function beside a plain copy of as many bytes."""
-    inputs, device = [x.detach().requires_grad_() for x in problem.inputs], problem.inputs[0].device
-    outputs = {name: _tuple(function(*inputs)) for name, function in problem.functions.items()}
-    generator = torch.Generator(device).manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator, device=device).to(y.dtype) for y in next(iter(outputs.values()))]
-    name_of_ours, dtype = next(iter(outputs)), str(inputs[0].dtype).removeprefix("torch.")
-    errors = _streaming_errors(problem, upstream)
+def cases_of(problem: Streaming) -> Iterator[Case]:
+    def inputs(generator: torch.Generator) -> Inputs:
+        device = generator.device
+        names = [f"x{number}" for number in range(len(problem.sizes))]
+        made = [torch.randn(size, generator=generator, device=device).to(problem.dtype) for size in problem.sizes]
+        x: Inputs = {name: value.requires_grad_() for name, value in zip(names, made, strict=True)}
+        upstream = tuple_of(problem.reference(*(value.detach() for value in made)))
+        for number, y in enumerate(upstream):
+            x[f"d{number}"] = torch.randn(y.shape, generator=generator, device=device).to(problem.dtype)
+        return x
 
-    def backward(name: str) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(outputs[name], inputs, upstream, retain_graph=True)
+    def reference(x: Inputs, dtype: torch.dtype, kind: str) -> list[Tensor]:
+        leaves = [value.detach().to(dtype).requires_grad_() for value in _some(x, "x")]
+        made = tuple_of(problem.reference(*leaves))
+        if kind == "forward":
+            return [y.detach() for y in made]
+        return list(torch.autograd.grad(made, leaves, [d.to(dtype) for d in _some(x, "d")]))
 
-    forwards = {name: partial(function, *inputs) for name, function in problem.functions.items()}
-    backwards = {name: backward(name) for name in problem.functions}
-    for kind, calls, size in (("forward", forwards, problem.forward_bytes), ("backward", backwards, problem.backward_bytes)):
-        source = torch.randn(size // 8, generator=generator, device=device)
-        target = torch.empty_like(source)
-        times = interleaved({"copy": partial(target.copy_, source), **calls}, device, seconds)
-        copy_rate = size / times["copy"][0] / 1e6
-        for name, (median, spread) in times.items():
-            is_ours, rate = name == name_of_ours, size / median / 1e6
-            report.add(Row(
-                f"{problem.operation}, {kind}", name, problem.shape, dtype, median, spread, gbytes_per_second=rate,
-                of_copy=rate / copy_rate, host_microseconds=host_microseconds(calls[name], device) if name in calls else None,
-                error=errors[0] if is_ours else None, eager_error=errors[1] if is_ours else None,
-            ))  # fmt: skip
-
-
-def _streaming_errors(problem: Streaming, upstream: list[torch.Tensor]) -> tuple[float, float]:
-    """(ours, the reference's in the inputs' dtype): the largest relative error of outputs and gradients against fp64."""
-
-    def results(function: Callable[..., Any], dtype: torch.dtype | None) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in problem.inputs]
-        made = _tuple(function(*leaves))
-        d = [u.to(y.dtype) for u, y in zip(upstream, made, strict=True)]
-        return [*made, *torch.autograd.grad(made, leaves, d)]
-
-    truth = results(problem.reference, torch.float64)
-    pairs = (results(next(iter(problem.functions.values())), None), results(problem.reference, None))
-    ours, eager = (max(relative_error(a, t) for a, t in zip(made, truth, strict=True)) for made in pairs)
-    return ours, eager
+    kinds = (
+        ("forward", _forward, problem.forward_bytes, problem.forward_flops),
+        ("backward", _backward, problem.backward_bytes, problem.backward_flops),
+    )
+    for kind, make, size, flops in kinds:
+        yield Case(
+            f"{problem.operation}, {kind}", problem.shape, problem.dtype, inputs,
+            {name: make(function) for name, function in problem.functions.items()}, partial(reference, kind=kind),
+            flops=float(flops), bytes_moved=float(size), limits={"copy": copy_of(size)}, absent=problem.absent,
+        )  # fmt: skip
 
 
-def _tuple(x: Any) -> tuple[torch.Tensor, ...]:
+def _forward(function: Function) -> Candidate:
+    return Candidate(lambda x: [y.detach() for y in tuple_of(function(*_some(x, "x")))])
+
+
+def _backward(function: Function) -> Candidate:
+    def prepare(x: Inputs) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+        leaves = [value.detach().requires_grad_() for value in _some(x, "x")]
+        return tuple_of(function(*leaves)), leaves, _some(x, "d")
+
+    return Candidate(gradients, prepare)
+
+
+def gradients(state: tuple[Any, list[Tensor], Any]) -> tuple[Tensor, ...]:
+    """Of (outputs, inputs, upstream), on a graph that stays."""
+    outputs, leaves, upstream = state
+    return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+
+def copy_of(size: int) -> Candidate:
+    """A copy that reads and writes `size` bytes in all."""
+
+    def prepare(x: Inputs) -> tuple[Tensor, Tensor]:
+        source = torch.randn(size // 8, device=next(iter(x.values())).device)
+        return torch.empty_like(source), source
+
+    return Candidate(lambda pair: pair[0].copy_(pair[1]), prepare)
+
+
+def _some(x: Inputs, letter: str) -> list[Tensor]:
+    return [value for name, value in x.items() if name[0] == letter]
+
+
+def tuple_of(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
-
-
-def run(
-    name: str,
-    description: str | None,
-    shapes: Callable[[bool, bool], Iterable[tuple[int, ...]]],
-    problems: Callable[..., Iterable[Streaming]],
-) -> None:
-    """A bench's command line: `shapes(is_gpu, is_quick)`, and `problems(*shape, device)` of each."""
-    device, report, is_quick = begin(name, description, "fewer shapes, a fifth of a second a candidate")
-    for sizes in shapes(device.type == "cuda", is_quick):
-        for problem in problems(*sizes, device):
-            add_streaming_rows(problem, report, 0.2 if is_quick else 1.0)

@@ -1,63 +1,62 @@
 """swiglu in bytes a second beside a plain copy, and beside what a user would take instead.
 
-Run     python -m warpline.bench.swiglu [--quick] [--out DIR]      (PYTHONPATH=src from a checkout)
-Writes  DIR/<machine>/swiglu.json (default bench/results)
+Run     warpline bench swiglu [--quick] [--out DIR]
 Expect  a row per candidate, direction and shape of R rows and F columns. Bytes are those the operation needs: forward 3
         elements an element, backward 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels.swiglu import TABLE, swiglu, swiglu_reference
-from .measure import absent
-from .streaming import Streaming, run
+from .measure import Case
+from .peers import Function, add_peers, on_cuda
+from .streaming import Streaming, cases_of
 
 
-def shapes(is_gpu: bool, is_quick: bool) -> list[tuple[int, int]]:
-    if not is_gpu:
-        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024)]
-    return [(1024, 1024), (4096, 4096), (16384, 8192)] + ([] if is_quick else [(8192, 14336), (8192, 32768), (16384, 32768)])
+def shapes(device: torch.device, is_quick: bool) -> list[tuple[int, int]]:
+    if device.type == "cpu":
+        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024), (8192, 2048)]
+    if is_quick:
+        return [(4096, 4096), (8192, 14336)]
+    return [(1024, 1024), (4096, 4096), (8192, 14336), (16384, 8192), (8192, 32768), (16384, 32768)]
 
 
-def functions(device: torch.device) -> dict[str, Callable[..., Any]]:
-    """Ours first."""
+def functions(device: torch.device) -> tuple[dict[str, Function], dict[str, str]]:
+    """(ours first, why others are absent)."""
     ours = "triton" if device.type == "cuda" else "torch"
-    found: dict[str, Callable[..., Any]] = {
-        f"warpline {ours}": partial(swiglu, backend=ours),
-        "eager": lambda gate, up: F.silu(gate) * up,
-    }
-    if device.type == "cuda":
-        found["torch.compile"] = torch.compile(found["eager"], dynamic=False)
-    reason = TABLE["transformer-engine"].absent(device)
-    if reason is None:
-        found["transformer-engine"] = partial(swiglu, backend="transformer-engine")
-    else:
-        print(f"absent: transformer-engine: {reason}")
-    reason = absent("liger_kernel") if device.type == "cuda" else "liger_kernel runs on CUDA"
-    if reason is None:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-        found["liger"] = LigerSiLUMulFunction.apply
-    else:
-        print(f"absent: {reason}")
-    return found
+    found: dict[str, Function] = {f"warpline {ours}": partial(swiglu, backend=ours), "eager": plain}
+    found["torch.compile"] = torch.compile(plain, dynamic=False)
+    missing = add_peers(found, {
+        "transformer-engine": (TABLE["transformer-engine"].absent(device), _engine),
+        "liger": (on_cuda("liger_kernel", device), _liger),
+    })  # fmt: skip
+    return found, missing
 
 
-def problems(rows: int, columns: int, device: torch.device) -> list[Streaming]:
+def plain(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def cases(device: torch.device, is_quick: bool) -> Iterator[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    gate, up = (torch.randn(rows, columns, generator=generator, device=device).to(dtype) for _ in range(2))
-    size = gate.numel() * gate.element_size()
-    shape = {"R": rows, "F": columns}
-    return [Streaming("swiglu", shape, [gate, up], functions(device), swiglu_reference, 3 * size, 5 * size)]
+    found, missing = functions(device)
+    for rows, columns in shapes(device, is_quick):
+        count, sizes, shape = rows * columns, ((rows, columns),) * 2, {"R": rows, "F": columns}
+        work = (3 * count * dtype.itemsize, 5 * count * dtype.itemsize, 5 * count, 11 * count)
+        yield from cases_of(Streaming("swiglu", shape, dtype, sizes, found, swiglu_reference, *work, missing))
 
 
-if __name__ == "__main__":
-    run("swiglu", __doc__, shapes, problems)
+def _engine() -> Function:
+    return partial(swiglu, backend="transformer-engine")
+
+
+def _liger() -> Function:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad config or bad input, one line on stderr; 3 stopped by 
 often, or failed.
 """
 
+import subprocess
 import sys
 import time
 import traceback
@@ -223,6 +224,16 @@ def doctor_() -> None:
     """Print what is here: machine, GPUs, versions, kernels."""
     with Outcome():
         doctor.main()
+
+
+# A process of its own: nothing of the stages imports the benches, and a measurement wants none of what was imported here.
+@app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure every operation and stage beside its peers.
+
+    `warpline bench --help` says how.
+    """
+    raise SystemExit(subprocess.call([sys.executable, "-m", "warpline.bench.suite", *context.args]))
 
 
 def main() -> None:

@@ -1,0 +1,135 @@
+"""The benchmark suite: every operation and stage, ours beside every peer that is here, as a table and pictures.
+
+Run     warpline bench [NAME ...] [--quick] [--out DIR]         (PYTHONPATH=src python -m warpline.bench.suite from a checkout)
+        warpline bench --compare A.json B.json                   warpline bench NAME --profile TEXT
+Writes  DIR/<machine>/<date>-<commit>.json (default bench/results) as it measures; beside it a picture of each bench, of the
+        roofline and of the stages, and one page with all of them
+Expect  exit code 0 if every bench ran and every check of ours passed; --compare exits 1 on a regression beyond the spread
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import session
+from .compare import compare
+from .machine import ceilings
+from .measure import Case, Report
+from .rows import RESULTS, BadResults, load, save
+from .session import Plan
+from .table import table
+from .telemetry import Telemetry
+
+KERNELS = (
+    "logit_block", "linear_logprob", "linear_divergence", "policy_loss", "preference_loss", "attention", "rms_norm", "rope",
+    "swiglu", "adamw",
+)  # fmt: skip
+STAGES: tuple[str, ...] = ()
+SECONDS = {("cpu", True): 0.1, ("cpu", False): 0.25, ("cuda", True): 0.2, ("cuda", False): 1.0}
+PYTEST = (
+    "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-p", "no:cacheprovider", "--import-mode=importlib", "-q", "-s",
+    "-o", "python_functions=bench_*", "-o", "consider_namespace_packages=true", "--benchmark-quiet", "--benchmark-disable-gc",
+    "--tb=short", "--no-header",
+)  # fmt: skip
+
+
+def arguments_of(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("warpline bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benches, default all: {' '.join(KERNELS + STAGES)}")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, less time a candidate")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default bench/results")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results: what B made faster or slower")
+    parser.add_argument("--profile", metavar="TEXT", help="trace the rows that contain TEXT, instead of timing")
+    parser.add_argument("--no-pictures", action="store_true")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.names if name not in KERNELS + STAGES]
+    if unknown:
+        parser.error(f"received bench {unknown[0]!r}; expected {', '.join(KERNELS + STAGES)}: choose among them")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = arguments_of(argv)
+    try:
+        if arguments.compare:
+            words, has_regressed = compare(*(load(path) for path in arguments.compare))
+            print(words)
+            return int(has_regressed)
+    except BadResults as error:
+        print(f"warpline bench: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(arguments.out, device)
+    chosen = arguments.names or [*KERNELS, *STAGES]
+    if arguments.profile is None:
+        report.results.ceilings = ceilings(device)
+        print(f"{report.path}\nceilings: {report.results.ceilings}", flush=True)
+    telemetry = Telemetry(device)
+    if telemetry.absent:
+        print(f"absent: telemetry and energy: {telemetry.absent}")
+    failed = []
+    for name in chosen:
+        if not run(name, report, telemetry, arguments):
+            failed.append(name)
+        if report.results.benches[name].ended == "interrupted":
+            break
+    if arguments.profile is not None:
+        return int(bool(failed))
+    report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
+    save(report.results, report.path)
+    print(table(report.results, chosen))
+    if not arguments.no_pictures:
+        for path in pictures(report.path):
+            print(path)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> bool:
+    """One bench; whether it ran to its end with every check passed."""
+    is_quick, device, started = arguments.quick, report.device, time.monotonic()
+    if arguments.profile is None:
+        report.start(name, is_quick)
+    report.bench = name
+    print(f"\n== {name}", flush=True)
+    cases = list(importlib.import_module(f".{name}", __package__).cases(device, is_quick))
+    if device.type == "cpu":
+        compile_once(cases)
+    plan = Plan(report, telemetry, cases, SECONDS[device.type, is_quick], arguments.profile)
+    code = pytest.main([*PYTEST, str(session.__file__)], plugins=[plan])
+    ended = "complete" if code == 0 else "interrupted" if code == pytest.ExitCode.INTERRUPTED else "failed"
+    if plan.failures:
+        ended = f"failed: {len(plan.failures)} of {len(cases)}: {plan.failures[0]}"
+    if arguments.profile is None:
+        report.end(ended, time.monotonic() - started)
+    return code == 0
+
+
+def compile_once(cases: list[Case]) -> None:
+    """torch.compile at one shape of each operation: on a CPU a compilation takes longer than all the rows of a case."""
+    last = {case.operation: case for case in cases}
+    for case in cases:
+        if case is not last[case.operation] and case.candidates.pop("torch.compile", None) is not None:
+            case.absent = {**case.absent, "torch.compile at other shapes": "on a CPU it is compiled for one shape an operation"}
+
+
+def pictures(path: Path) -> list[Path]:
+    try:
+        from .page import write_page
+    except ImportError as error:
+        print(f"no pictures: {error}; install the extra `bench`")
+        return []
+    return write_page(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

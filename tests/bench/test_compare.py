@@ -1,0 +1,61 @@
+"""Comparing two files: what is beyond the spread is named, ours slower is a regression, and equal code is not."""
+
+import dataclasses
+
+import pytest
+
+from warpline.bench.compare import compare
+from warpline.bench.rows import Results, Row, save
+from warpline.bench.suite import main
+
+MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc"}
+
+
+def results(**milliseconds: float) -> Results:
+    rows = [
+        Row("norm", name, {"R": 4}, "float32", time, 0.02, bench="rms_norm", check="passed", self_spread=0.03)
+        for name, time in milliseconds.items()
+    ]
+    return Results(dict(MACHINE), rows=rows)
+
+
+def test_equal_files_have_no_change():
+    words, has_regressed = compare(results(warpline=1.0, eager=2.0), results(warpline=1.05, eager=2.0))
+    assert not has_regressed and "2 within the spread" in words
+
+
+def test_ours_slower_beyond_both_spreads_is_a_regression_and_a_peer_is_not():
+    words, has_regressed = compare(results(warpline=1.0, eager=1.0), results(warpline=1.07, eager=1.0))
+    assert has_regressed and "REGRESSION slower 1.07× (1 → 1.07 ms, spread 6.0%)" in words
+    words, has_regressed = compare(results(warpline=1.0, eager=1.0), results(warpline=1.0, eager=1.5))
+    assert not has_regressed and "slower 1.50×" in words and "median change +50.0%" in words
+
+
+def test_faster_is_said_and_is_no_regression():
+    words, has_regressed = compare(results(warpline=1.0), results(warpline=0.5))
+    assert not has_regressed and "faster 0.50×" in words
+
+
+def test_a_check_that_fails_now_is_a_regression_at_any_speed():
+    after = results(warpline=0.5)
+    after.rows[0] = dataclasses.replace(after.rows[0], check="failed: error 1.0e-01, allowed 1.0e-06")
+    words, has_regressed = compare(results(warpline=1.0), after)
+    assert has_regressed and "check failed: error 1.0e-01" in words
+
+
+def test_rows_of_one_file_only_are_counted():
+    words, _ = compare(results(warpline=1.0, eager=1.0), results(warpline=1.0, liger=1.0))
+    assert "1 rows in both" in words and "1 rows only in the first, 1 only in the second" in words
+
+
+@pytest.mark.parametrize(("after", "code"), [(1.0, 0), (2.0, 1)])
+def test_the_command_exits_1_on_a_regression(tmp_path, capsys, after, code):
+    for name, time in (("a", 1.0), ("b", after)):
+        save(results(warpline=time), tmp_path / f"{name}.json")
+    assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
+    assert ("REGRESSION" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_file_that_is_not_there_is_bad_input(tmp_path, capsys):
+    assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
