@@ -11,7 +11,8 @@ from warpline.data.task import make_tasks
 from warpline.models.decoder import DecoderShape
 from warpline.parallel.mesh import start_mesh
 from warpline.stages import distill, preference, pretrain, rl, sft
-from warpline.stages.parts.config import OptimizerConfig
+from warpline.stages.parts.config import OptimizerConfig, ParallelConfig
+from warpline.stages.parts.model import Start, build
 from warpline.stages.parts.run import RunFolder
 from warpline.stages.parts.session import StopSignal
 
@@ -36,6 +37,31 @@ class StopAfter(StopSignal):
     def received(self):
         self.asked += 1
         return "SIGTERM" if self.asked >= self.count else None
+
+
+@pytest.fixture
+def start_of(tokenizer) -> Callable:
+    """`start_of(decoder)`: a start whose weights are the decoder's."""
+
+    def start_of(decoder) -> Start:
+        def fill(model) -> None:
+            whole = dict(decoder.named_parameters())
+            for name, piece in model.pieces().items():
+                piece.tensor.copy_(whole[name].detach())
+
+        return Start(decoder.config, tokenizer, fill)
+
+    return start_of
+
+
+@pytest.fixture
+def model_of(start_of) -> Callable:
+    """`model_of(decoder, precision)`: what the stages train, with the decoder's weights, in one process."""
+
+    def model_of(decoder, precision: str = "fp32"):
+        return build(start_of(decoder), start_mesh(), ParallelConfig(), precision)
+
+    return model_of
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from warpline.parallel.mesh import start_mesh
-from warpline.stages.parts.config import OptimizerConfig, TrainingConfig
+from warpline.stages.parts.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from warpline.stages.parts.run import RunFolder
-from warpline.stages.parts.session import NonFinite, Session, Stopped, StopSignal, generator_of, seed_of
+from warpline.stages.parts.session import NonFinite, Session, Stopped, StopSignal
 
 STAGES = ["pretrain", "sft", "preference", "rl", "distill"]
 
@@ -68,52 +69,71 @@ def test_a_finished_stage_trains_no_further(stage_runner, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 6
 
 
-def session_of(folder: Path, decoder, tokenizer, **changes) -> Session:
-    settings = {"steps": 50, "optimizer": OptimizerConfig(learning_rate=0.1), "checkpoint_every_steps": 100, **changes}
-    return Session("test", TrainingConfig(**settings), RunFolder(folder), start_mesh(), lambda: (decoder, tokenizer))
+@pytest.fixture
+def session_of(tmp_path, tiny_decoder, start_of) -> Callable:
+    """`session_of(**changes)`: a session that starts from the tiny decoder, in tmp_path/run."""
+    tmp_path.joinpath("run").mkdir()
+
+    def session_of(**changes) -> Session:
+        settings = {"steps": 50, "optimizer": OptimizerConfig(learning_rate=0.1), "checkpoint_every_steps": 100, **changes}
+        run, start = RunFolder(tmp_path / "run"), start_of(tiny_decoder)
+        return Session("test", TrainingConfig(**settings), run, start_mesh(), ParallelConfig(), lambda: start)
+
+    return session_of
 
 
-def put_gradients(decoder, value: float) -> None:
-    for parameter in decoder.parameters():
+def put_gradients(session: Session, value: float) -> None:
+    for parameter in session.model.parameters():
         parameter.grad = torch.full_like(parameter, value)
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
-def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(loss, gradient, tmp_path, tiny_decoder, tokenizer):
-    tmp_path.joinpath("run").mkdir()
-    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, steps=3)
-    before = {name: tensor.clone() for name, tensor in tiny_decoder.state_dict().items()}
+def test_a_non_finite_loss_or_gradient_never_reaches_the_weights(loss, gradient, session_of, tmp_path):
+    session = session_of(steps=3)
+    before = {name: parameter.detach().clone() for name, parameter in session.model.named_parameters()}
     for step in session.steps():
-        put_gradients(tiny_decoder, gradient if step == 1 else 0.0)
+        put_gradients(session, gradient if step == 1 else 0.0)
         applied = session.update(loss if step == 1 else 1.0)
         assert applied == (step != 1)
         session.finish_step(loss if step == 1 else 1.0, 10)
-    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_decoder.state_dict().items())
+    assert all(torch.equal(before[name], parameter) for name, parameter in session.model.named_parameters())
     lines = metrics_of(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert lines[1]["loss"] is None or lines[1]["grad_norm"] is None
 
 
-def test_too_many_skips_in_a_row_end_the_run(tmp_path, tiny_decoder, tokenizer):
-    tmp_path.joinpath("run").mkdir()
-    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, max_skipped_steps_in_a_row=3)
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(session_of, tmp_path):
+    """The norm of n gradients of 2 is 2·√n; AdamW's first moment shows what it was given: 0.1 of a gradient of norm 0.5."""
+    session = session_of(steps=1, optimizer=OptimizerConfig(learning_rate=0.1, max_grad_norm=0.5))
+    count = sum(parameter.numel() for parameter in session.model.parameters())
+    for _ in session.steps():
+        put_gradients(session, 2.0)
+        session.update(1.0)
+        session.finish_step(1.0, 10)
+    assert metrics_of(tmp_path / "run")[0]["grad_norm"] == pytest.approx(2 * count**0.5, rel=1e-5)
+    for parameter in session.model.parameters():
+        expected = torch.full_like(parameter, 0.1 * 0.5 / count**0.5)
+        torch.testing.assert_close(session.optimizer.state[parameter]["exp_avg"], expected, rtol=1e-5, atol=0)
+
+
+def test_too_many_skips_in_a_row_end_the_run(session_of, tmp_path):
+    session = session_of(max_skipped_steps_in_a_row=3)
     with pytest.raises(NonFinite, match="3 updates in a row"):
         for step in session.steps():
-            put_gradients(tiny_decoder, 0.0)
+            put_gradients(session, 0.0)
             session.update(1.0 if step == 0 else math.nan)
             session.finish_step(1.0, 10)
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, tiny_decoder, tokenizer):
-    tmp_path.joinpath("run").mkdir()
-    session = session_of(tmp_path / "run", tiny_decoder, tokenizer, steps=1)
+def test_weights_that_are_not_finite_are_never_saved(session_of, tmp_path):
+    session = session_of(steps=1)
     with pytest.raises(NonFinite, match="after step 1 are not finite and are not saved"):
         for _ in session.steps():
-            put_gradients(tiny_decoder, 0.0)
+            put_gradients(session, 0.0)
             session.update(1.0)
             with torch.no_grad():
-                tiny_decoder.norm.weight[0] = float("inf")
+                session.model.decoder.norm.weight[0] = float("inf")
             session.finish_step(1.0, 10)
     assert not list((tmp_path / "run").glob("checkpoints/*/*"))
 
@@ -128,9 +148,3 @@ def test_signals_are_remembered_until_the_step_ends():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def test_seeds_depend_on_every_part():
-    seeds = {seed_of(*parts) for parts in [(0, "rl", 1), (1, "rl", 1), (0, "sft", 1), (0, "rl", 2), (0, "rl", "1")]}
-    assert len(seeds) == 5
-    assert torch.equal(torch.rand(3, generator=generator_of(1, "x")), torch.rand(3, generator=generator_of(1, "x")))

@@ -1,5 +1,4 @@
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -7,19 +6,25 @@ from torch.nn import functional as F
 
 from warpline.data.packing import Sample, pack
 from warpline.models.decoder import Decoder
+from warpline.parallel.mesh import start_mesh
+from warpline.stages.parts.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from warpline.stages.parts.run import RunFolder
+from warpline.stages.parts.session import Session
 from warpline.stages.parts.tokens import (
+    backward_cross_entropy,
     completion_sample,
-    completion_values,
-    head_options,
     microbatches,
     num_targets,
     num_tokens,
-    on_batch,
     place_values,
     sample_order,
     summed_cross_entropy,
     token_stats,
 )
+
+
+def supervised(batch, values_T: torch.Tensor) -> torch.Tensor:
+    return values_T[batch.target_T >= 0]
 
 
 def samples_of(*lengths: int) -> list[Sample]:
@@ -42,28 +47,26 @@ def test_sample_order_visits_every_sample_once_per_epoch_and_can_start_anywhere(
     assert list(itertools.islice(sample_order(lengths, 10, seed=1, first_step=5), 7)) == order[5:]
 
 
-def test_a_capped_models_log_probabilities_are_of_its_capped_logits(tiny_decoder):
+def test_a_capped_models_log_probabilities_are_of_its_capped_logits(tiny_decoder, model_of):
     decoder = Decoder(tiny_decoder.config.model_copy(update={"logit_softcap": 0.3})).double()
     decoder.load_state_dict({name: 5 * x for name, x in tiny_decoder.state_dict().items()})
     batch = pack([completion_sample([5, 6], [7, 8])])
     logits = F.linear(decoder(batch.tokens_T[None])[0], decoder.output_weight)
     expected = (0.3 * torch.tanh(logits / 0.3)).log_softmax(-1)[[1, 2], [7, 8]]
-    torch.testing.assert_close(completion_values(batch, token_stats(decoder, batch).logprob_T), expected)
-    loss = on_batch(decoder, batch, partial(summed_cross_entropy, **head_options(decoder)))
+    model = model_of(decoder, "fp64")
+    (logprob_T,) = model.evaluate([batch], lambda *seen: token_stats(*seen).logprob_T)
+    torch.testing.assert_close(supervised(batch, logprob_T), expected)
+    (loss,) = model.evaluate([batch], summed_cross_entropy)
     torch.testing.assert_close(loss, -expected.sum())
 
 
-def test_the_heads_products_are_those_of_autocast(tiny_decoder):
-    assert head_options(tiny_decoder)["product_dtype"] is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert head_options(tiny_decoder)["product_dtype"] == torch.bfloat16
-
-
-def test_token_stats_are_the_log_softmax_of_separate_forwards(tiny_decoder):
+def test_token_stats_are_the_log_softmax_of_separate_forwards(tiny_decoder, model_of):
     decoder = tiny_decoder.double()
     samples = [completion_sample([5, 6, 7], [8, 9]), completion_sample([1], [2, 3, 4])]
     batch = pack(samples)
-    got = completion_values(batch, token_stats(decoder, batch, temperature=0.5).logprob_T)
+    (logprob_T,) = model_of(decoder, "fp64").evaluate([batch], lambda *seen: token_stats(*seen, temperature=0.5).logprob_T)
+    got = supervised(batch, logprob_T)
+    assert not logprob_T[batch.target_T < 0].any()
     expected = []
     for sample in samples:
         logits = F.linear(decoder(torch.tensor([sample.ids]))[0], decoder.output_weight) / 0.5
@@ -73,8 +76,33 @@ def test_token_stats_are_the_log_softmax_of_separate_forwards(tiny_decoder):
     assert got.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_placed_values_come_back_and_are_zero_elsewhere():
+def test_placed_values_stand_at_the_supervised_tokens_and_are_zero_elsewhere():
     batch = pack([completion_sample([5, 6], [7, 8]), completion_sample([1], [2])])
-    placed = place_values(batch, [0.1, 0.2, 0.3], torch.zeros(6, dtype=torch.float64))
-    assert placed.tolist() == [0, 0.1, 0.2, 0, 0.3, 0]
-    assert completion_values(batch, placed).tolist() == [0.1, 0.2, 0.3]
+    placed = place_values(batch, [0.1, 0.2, 0.3])
+    assert placed.dtype == torch.float64 and placed.tolist() == [0, 0.1, 0.2, 0, 0.3, 0]
+    assert supervised(batch, placed).tolist() == [0.1, 0.2, 0.3]
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        place_values(batch, [0.1, 0.2])
+
+
+def test_the_gradient_of_the_mean_over_all_rows_is_left(tiny_decoder, start_of, tmp_path):
+    """Two rows of different lengths: one mean over both, not a mean of means; a step without a supervised token has loss 0."""
+    config = TrainingConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1.0), precision="fp64")
+    decoder = tiny_decoder.double()
+    session = Session("test", config, RunFolder(tmp_path), start_mesh(), ParallelConfig(), lambda: start_of(decoder))
+    samples = [completion_sample([5, 6, 7], [8, 9]), completion_sample([1], [2, 3, 4, 5, 6])]
+    loss, read = backward_cross_entropy(session, [pack([sample]) for sample in samples])
+    expected = (
+        sum(
+            F.cross_entropy(F.linear(decoder(row.tokens_T[None])[0], decoder.output_weight), row.target_T, reduction="sum")
+            for row in map(pack, [[sample] for sample in samples])
+        )
+        / 7
+    )
+    expected.backward()
+    assert read == 11 and loss == pytest.approx(expected.item(), rel=1e-12)
+    for (name, parameter), whole in zip(session.model.named_parameters(), decoder.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, whole.grad, msg=name)
+    unsupervised = Sample([5, 6, 7], [False] * 3, "test")
+    assert backward_cross_entropy(session, [pack([unsupervised])]) == (0.0, 3)
+    assert backward_cross_entropy(session, []) == (0.0, 0)
