@@ -15,6 +15,7 @@ import torch
 from .config import BadConfig, Config
 from .file import read_json, write_atomic, write_json
 
+LAYOUTS = ("parallel", "teacher_parallel")  # a run may go on under another layout
 UNSTARTED = {"config.json", "environment.json", "ended.json"}  # all that a run leaves which was refused for its input
 
 
@@ -25,14 +26,14 @@ class RunFolder:
         self.path, self.writes = path, writes
 
     def open(self, config: Config, verb: str) -> None:
-        """Claim the folder for this resolved configuration; a folder of another one is refused."""
+        """Claim the folder for this resolved configuration; a folder of another one is refused, but for its layout."""
         resolved = {"verb": verb, **config.model_dump(mode="json")}
         known = self.path / "config.json"
         if known.exists():
-            difference = _first_difference(read_json(known), resolved)
-            if difference and {path.name for path in self.path.iterdir()} <= UNSTARTED:
+            difference = _first_difference(*(_without_layout(settings) for settings in (read_json(known), resolved)))
+            if not difference or {path.name for path in self.path.iterdir()} <= UNSTARTED:
                 self.write_json("config.json", resolved)
-            elif difference:
+            else:
                 raise BadConfig(
                     f"{self.path} holds a run of another configuration ({difference}); "
                     "choose another folder with --run, or remove it"
@@ -125,6 +126,10 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def _without_layout(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in LAYOUTS}
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
