@@ -28,7 +28,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*/*_h100x*.toml"))
 TRAINED_BYTES, FROZEN_BYTES, GPU_BYTES = 16, 4, 80e9  # a parameter: fp32 weight, gradient and two moments; weight alone
 LLAMA_31 = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256,
-    "num_key_value_heads": 8, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
+    "num_key_value_heads": 8, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "max_position_embeddings": 131072,
     "tie_word_embeddings": False, "initializer_range": 0.02,
     "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -46,7 +47,8 @@ PUBLISHED = {
     "Qwen3-32B": {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 151936,
         "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
-        "intermediate_size": 25600, "attention_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "max_position_embeddings": 40960,
+        "intermediate_size": 25600, "attention_bias": False, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000, "max_position_embeddings": 40960,
         "tie_word_embeddings": False, "initializer_range": 0.02,
     },
 }  # fmt: skip
