@@ -1,0 +1,118 @@
+"""docs/use-in-your-trainer.md says what docs/examples hold, and each example trains as the untouched trainer does."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # The imports of transformers' and TRL's dependencies announce their own deprecations.
+    warnings.simplefilter("ignore")
+    import trl.trainer.utils
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
+    from transformers.utils import logging
+
+    from warpline.bench.use_in_your_trainer import EXAMPLES, TRAINERS, Sizes, train
+from warpline.kernels.linear_divergence import linear_divergence
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "use-in-your-trainer.md").read_text()
+SIZES = Sizes(vocab=64, width=32, layers=2, rows=4, tokens=24, steps=10)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def refuse(*_):
+    raise AssertionError("the logits were made, or TRL's own head was called")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_document_shows_every_example_as_it_is(path):
+    assert f"```python\n{path.read_text()}```" in DOCUMENT
+
+
+def test_every_link_of_the_document_leads_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", DOCUMENT)
+    assert links and not [link for link in links if not (ROOT / "docs" / link).exists()]
+
+
+def test_every_function_that_the_document_names_exists():
+    names = set(re.findall(r"warpline\.((?:kernels|models)\.\w+) import (\w+)", DOCUMENT))
+    names |= {(f"kernels.{file}", function) for file, function in re.findall(r"`kernels\.(\w+)\.(\w+)`", DOCUMENT)}
+    assert len(names) > 8
+    for module, function in names:
+        assert re.search(rf"^def {function}\(", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.MULTILINE), function
+
+
+SLOW = {"trl grpo"}  # its imports alone take 6 s
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TRAINERS])
+def test_ten_steps_have_the_losses_and_the_weights_of_the_untouched_trainer(name, monkeypatch):
+    logging.set_verbosity_error()
+    untouched = train(name, False, SIZES)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", type("Refused", (), {"apply": refuse}))
+    if name == "transformers":
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaForCausalLM.forward", refuse)
+    ours = train(name, True, SIZES)
+    assert len(ours.losses) == SIZES.steps
+    assert max(abs(loss) for loss in untouched.losses) > 0.05
+    torch.testing.assert_close(ours.losses, untouched.losses, rtol=1e-5, atol=1e-5)
+    for key, expected in untouched.weights.items():
+        torch.testing.assert_close(ours.weights[key], expected, rtol=1e-4, atol=2e-5)  # a step moves a weight by up to 1e-3
+
+
+def snippet(words):
+    """The names that the document's code block with these words defines."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if words in block)
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_the_snippet_for_liger_users_is_ligers_dpo():
+    generator = torch.Generator().manual_seed(0)
+    hidden_BSD, reference_BSD = (torch.randn(6, 7, 16, generator=generator) for _ in range(2))
+    weight_VD, reference_VD = (torch.randn(40, 16, generator=generator) for _ in range(2))
+    target_BS = torch.randint(0, 40, (6, 7), generator=generator)
+    target_BS[1, :3] = target_BS[4, 5:] = -100
+    hidden_BSD.requires_grad_()
+    theirs = LigerFusedLinearDPOLoss(beta=0.1, compiled=False)
+    expected = theirs(weight_VD, hidden_BSD, target_BS, ref_input=reference_BSD, ref_weight=reference_VD)[0]
+    received = snippet("def dpo_loss")["dpo_loss"](hidden_BSD, weight_VD, target_BS, reference_BSD, reference_VD)
+    torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, hidden_BSD)[0] for loss in (received, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("beta", "kind"), [(0.0, "forward_kl"), (0.3, "jsd"), (1.0, "reverse_kl")])
+def test_beta_means_what_it_means_to_liger(beta, kind):
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD, teacher_TU = torch.randn(9, 16, generator=generator), torch.randn(9, 24, generator=generator)
+    weight_VD, teacher_VU = torch.randn(40, 16, generator=generator), torch.randn(40, 24, generator=generator)
+    target_T = torch.randint(0, 40, (9,), generator=generator)
+    theirs = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+    expected = theirs(hidden_TD, weight_VD, teacher_TU, teacher_VU, target_T)
+    options = {"beta": beta} if kind == "jsd" else {}
+    received = linear_divergence(hidden_TD, weight_VD, teacher_TU, teacher_VU, kind=kind, **options).mean()
+    torch.testing.assert_close(received, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]], ids=["alone", "fsdp2"])
+def test_ten_steps_of_torchtitan_have_the_losses_and_the_weights_of_its_own(launcher):
+    try:
+        importlib.metadata.version("torchtitan")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("torchtitan is not installed: it asks for datasets below the pinned ones")
+    worker = Path(__file__).with_name("torchtitan_worker.py")
+    result = subprocess.run([sys.executable, *launcher, str(worker)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["loss"] < 1e-5 and found["weight"] < 3e-5  # a step moves a weight by up to 1e-3
+    assert found["last"] < found["first"]
