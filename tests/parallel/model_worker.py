@@ -1,8 +1,9 @@
 """One rank of a decoder under many layouts: losses, gradients, their norm and greedy completions against one process, in fp64.
 
-Run     torchrun --nproc-per-node N tests/parallel/model_worker.py
-Prints  on rank 0, one JSON object: for each layout of N ranks the errors of the loss, of the worst parameter's gradient and of
-        the gradient's norm, and whether completions are equal
+Run     torchrun --nproc-per-node N tests/parallel/model_worker.py [LAYOUT ...]
+Prints  on rank 0, one JSON object: for each layout (default: all of N ranks) the errors of the numbers, of the worst
+        parameter's gradient and of the gradient's norm, for a step of six rows and for one of a single row, which leaves data
+        ranks without any; the error of what is evaluated, and whether completions differ
 """
 
 import json
@@ -16,9 +17,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from tensor_worker import CONFIGS, build
 
-from warpline.kernels.linear_logprob import linear_cross_entropy
+from warpline.kernels.linear_logprob import linear_cross_entropy, linear_logprob
 from warpline.models.decoder import Decoder
 from warpline.models.generation import generate
+from warpline.parallel.checkpoint import Piece
 from warpline.parallel.gather import WholeDecoder
 from warpline.parallel.mesh import Mesh, Sizes
 from warpline.parallel.model import Loss, ParallelModel, Techniques
@@ -66,9 +68,11 @@ def rows():
 
 
 def head(view, hidden, weight):
+    """A sum over tokens, and one over sequences that is no sum over their tokens."""
     summed = linear_cross_entropy(hidden, weight, view.target_T, reduction="sum", **view.options)
-    sequences = view.sequence_sum((view.target_T >= 0).to(hidden.dtype)).square().sum()
-    return Loss(summed / 100, torch.stack([summed.detach(), view.once(sequences)]))
+    logprob_t = linear_logprob(hidden, weight, view.target_T, **view.options).logprob_T
+    sequences = view.sequence_sum(logprob_t).square().sum()
+    return Loss(summed / 100 + sequences / 1000, torch.stack([summed.detach(), view.once(sequences.detach())]))
 
 
 @torch.no_grad()
@@ -80,24 +84,52 @@ def fill(model, whole):
         piece.tensor.copy_(x)
 
 
+class Found(NamedTuple):
+    """Of a step on this rank: numbers, the gradient's norm, and pieces of gradients by name."""
+
+    numbers: list[float]
+    norm: float
+    gradients: dict[str, Piece]
+
+
+def step(model, mesh, given):
+    for parameter in model.parameters():
+        parameter.grad = None
+    numbers = model.accumulate(mesh.share(given), head, 2)
+    model.reduce_gradients()
+    return Found(numbers, model.grad_norm(), model.pieces(lambda parameter: parameter.grad))
+
+
 def run(config, sizes, techniques):
-    """(numbers, norm, {name: this rank's gradients}, completions of its prompts)"""
+    """(steps of six rows and of one, completions of all prompts, numbers evaluated)"""
     mesh = Mesh(dist.get_rank() if sizes.product > 1 else 0, sizes, torch.device("cpu"))
     with torch.device("meta"):
         meta = [Decoder(config).to(torch.float64) for _ in range(2)]
     model = ParallelModel(meta[0], mesh, techniques, lambda: {"softcap": config.logit_softcap})
     fill(model, dict(build(config).named_parameters()))
-    numbers = model.accumulate(mesh.share(rows()), head, 2)
-    model.reduce_gradients()
-    norm = model.grad_norm()
-    gradients = model.pieces(lambda parameter: parameter.grad)
-    prompts = mesh.share_among_all([[1 + i, 5, 9, i][: 2 + i % 3] for i in range(5)])
+    steps = [step(model, mesh, given) for given in (rows(), rows()[:1])]
+    prompts = mesh.deal([[1 + i, 5, 9, i][: 2 + i % 3] for i in range(5)], *Sizes._fields)
     with WholeDecoder(model, meta[1]) as whole:
         greedy = generate(whole, prompts, max_new_tokens=6, end_ids=(3,), temperature=0.0)
-    completions = mesh.gather([completion.ids for completion in greedy])
-    evaluated = model.evaluate(mesh.share(rows()), lambda view, hidden, weight: head(view, hidden, weight).numbers[0].item())
-    counted = sum(evaluated) if mesh.place.tensor == 0 else 0.0
-    return numbers, norm, gradients, completions, mesh.share(list(range(5))), mesh.sum([counted])[0]
+    completions = mesh.gather([completion.ids for completion in greedy], *Sizes._fields)
+    totals = model.totals(mesh.share(rows()), lambda *seen: head(*seen).numbers, 2)
+    return steps, completions, totals
+
+
+def relative(received, expected):
+    return max(abs(a - b) / abs(b) for a, b in zip(received, expected, strict=True))
+
+
+def worst(received, expected):
+    """Over this rank's parameters, the largest error in a gradient, beside the largest number in it."""
+    errors = [0.0]
+    for name, piece in received.gradients.items():
+        x = truth = expected.gradients[name].tensor
+        for dim, (start, length) in enumerate(zip(piece.offset, piece.tensor.shape, strict=True)):
+            x = x.narrow(dim, start, length)
+        if x.numel():
+            errors.append(((piece.tensor - x).abs().max() / truth.abs().max().clamp(min=1e-6 * expected.norm)).item())
+    return max(errors)
 
 
 def main() -> None:
@@ -105,28 +137,22 @@ def main() -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     chosen = sys.argv[1:] or [name for name, (sizes, _) in LAYOUTS.items() if sizes.product == size]
-    found = {}
-    for index, name in enumerate(chosen):
-        config = CONFIGS[list(CONFIGS)[index % len(CONFIGS)]]
-        sizes, techniques = LAYOUTS[name]
-        numbers, norm, truth, completions, _, _ = run(config, Sizes(), Techniques())
-        received = run(config, sizes, techniques)
-        errors = [0.0]
-        for key, piece in received[2].items():
-            x = truth[key].tensor
-            for dim, (start, length) in enumerate(zip(piece.offset, piece.tensor.shape, strict=True)):
-                x = x.narrow(dim, start, length)
-            if x.numel():
-                errors.append(((piece.tensor - x).abs().max() / truth[key].tensor.abs().max().clamp(min=1e-6 * norm)).item())
-        worst = torch.tensor([max(errors), float(received[3] != [completions[i] for i in received[4]])], dtype=torch.float64)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
+    alone, found = {}, {}
+    for name in chosen:
+        key = list(CONFIGS)[list(LAYOUTS).index(name) % len(CONFIGS)]
+        if key not in alone:
+            alone[key] = run(CONFIGS[key], Sizes(), Techniques())
+        steps, completions, totals = alone[key]
+        received = run(CONFIGS[key], *LAYOUTS[name])
+        errors = [worst(*pair) for pair in zip(received[0], steps, strict=True)]
+        shared = torch.tensor([*errors, float(received[1] != completions)], dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
         found[name] = {
-            "loss": abs(received[0][0] - numbers[0]) / abs(numbers[0]),
-            "sequences": abs(received[0][1] - numbers[1]),
-            "evaluated": abs(received[5] - numbers[0]) / abs(numbers[0]),
-            "norm": abs(received[1] - norm) / norm,
-            "gradients": worst[0].item(),
-            "completions differ": bool(worst[1]),
+            "numbers": [relative(a.numbers, b.numbers) for a, b in zip(received[0], steps, strict=True)],
+            "norms": [relative([a.norm], [b.norm]) for a, b in zip(received[0], steps, strict=True)],
+            "gradients": shared[:-1].tolist(),
+            "evaluated": relative(received[2], totals),
+            "completions differ": bool(shared[-1]),
         }
         if dist.get_rank() == 0:
             print(name, found[name], file=sys.stderr, flush=True)

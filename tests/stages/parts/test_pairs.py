@@ -11,7 +11,7 @@ def has_even_length(prompts, completions, completion_ids, **columns):
 
 
 def test_pairs_hold_a_right_and_a_wrong_completion_of_one_prompt_that_both_ended(
-    tiny_decoder, tokenizer, tmp_path, monkeypatch
+    tiny_decoder, model_of, tokenizer, tmp_path, monkeypatch
 ):
     (tmp_path / "my_pair_grader.py").write_text(GRADER)
     monkeypatch.syspath_prepend(tmp_path)
@@ -23,10 +23,11 @@ def test_pairs_hold_a_right_and_a_wrong_completion_of_one_prompt_that_both_ended
     ]
     evaluate = EvaluateConfig(max_new_tokens=12, rewards=[{"function": "my_pair_grader:has_even_length"}])
     config = PairsConfig(prompts=20, completions_per_prompt=8)
-    records = sample_pairs(tiny_decoder, tokenizer, prompts, config, evaluate, torch.Generator().manual_seed(1))
+    model = model_of(tiny_decoder)
+    records = sample_pairs(model, tokenizer, prompts, config, evaluate, torch.Generator().manual_seed(1))
     assert 3 <= len(records) <= 20
     for record in records:
         (chosen,), (rejected,) = record["chosen"], record["rejected"]
         assert chosen["role"] == rejected["role"] == "assistant" and chosen["content"] != rejected["content"]
-    again = sample_pairs(tiny_decoder, tokenizer, prompts, config, evaluate, torch.Generator().manual_seed(1))
+    again = sample_pairs(model, tokenizer, prompts, config, evaluate, torch.Generator().manual_seed(1))
     assert records == again
