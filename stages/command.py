@@ -19,7 +19,7 @@ from ..data.record import BadData
 from ..models.huggingface import BadCheckpoint
 from ..parallel.mesh import Mesh, end_mesh, start_mesh
 from ..parallel.watch import FirstFailed
-from . import data, distill, doctor, evaluate, line, preference, pretrain, rl, sft
+from . import data, distill, doctor, evaluate, line, preference, pretrain, profile, rl, sft
 from .parts.checkpoint import checkpoints, load_start, save_checkpoint
 from .parts.config import BadConfig, Config, load_config
 from .parts.progress import console
@@ -224,6 +224,36 @@ def doctor_() -> None:
     """Print what is here: machine, GPUs, versions, kernels."""
     with Outcome():
         doctor.main()
+
+
+@app.command("profile")
+def profile_(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="default runs/profile_<config name>")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="whose config it is, where folder and keys do not tell")] = None,
+    steps: Annotated[str, typer.Option("--steps", metavar="A:B", help="run A steps, then record B - A")] = "10:13",
+    schedule: Annotated[bool, typer.Option("--schedule", help="draw the pipeline's schedule; runs nothing")] = False,
+    microbatches: Annotated[int | None, typer.Option("--microbatches", min=1, help="of the drawn schedule")] = None,
+    sweep: Annotated[list[str] | None, typer.Option("--sweep", metavar="KEY=V,V", help="scaling over these values")] = None,
+) -> None:
+    """Trace a few steps of a stage: where time goes.
+
+    Under torchrun every rank is traced, onto one time line.
+    """
+    outcome = Outcome()
+    with outcome:
+        asked = profile.request(config, overrides or [], stage, steps)
+        folder = run or Path("runs") / f"profile_{config.stem}"
+        if schedule:
+            print(profile.draw(asked, microbatches))
+        elif sweep:
+            print(profile.sweep(asked, sweep, folder))
+        else:
+            outcome.mesh = mesh = _mesh(asked.config)
+            page = profile.main(asked, folder, mesh, StopSignal().install())
+            if mesh.is_first:
+                print(page)
 
 
 # A process of its own: nothing of the stages imports the benches, and a measurement wants none of what was imported here.
