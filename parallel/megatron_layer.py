@@ -180,7 +180,8 @@ LINEARS = {"megatron": _megatron_linears, "transformer_engine": _engine_linears}
 
 
 def layer_spec(shape: Any, config: Any, linears: str = "megatron") -> ModuleSpec:
-    """The spec of one `TransformerLayer` of a decoder's shape (`DecoderConfig`) under Megatron's `TransformerConfig`."""
+    """The spec of one `TransformerLayer` of a decoder's shape (`DecoderConfig`) under Megatron's `TransformerConfig`, in which
+    `use_te_activation_func` is what makes Megatron's MLP call the gate."""
     if linears not in LINEARS:
         raise ValueError(f"linears is {linears!r}; expected one of {list(LINEARS)}")
     column, row = LINEARS[linears]()

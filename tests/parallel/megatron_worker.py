@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,6 @@ warnings.simplefilter("ignore")  # Megatron's own, on import: it misses Transfor
 sys.path.insert(0, str(Path(__file__).parent))
 import megatron_shims  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
@@ -107,13 +107,19 @@ def expected_loss(decoder, batches, counted):
 
 
 @contextlib.contextmanager
-def engine_of(config, layout, adam, dtype):
-    """With the weights of `build`; takes Megatron's groups away again."""
+def groups(layout, rank, num_ranks, file):
+    """Megatron's, of one layout. A lone rank has no launcher: `start` makes its group."""
+    if num_ranks > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(file, num_ranks), rank=rank, world_size=num_ranks)
     megatron.start(layout)
-    try:
-        yield MegatronEngine(config, build(config, dtype).state_dict(), layout, adam, device=CPU, dtype=dtype)
-    finally:
-        parallel_state.destroy_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def engine_of(config, layout, adam, dtype):
+    """With the weights of `build`."""
+    return MegatronEngine(config, build(config, dtype).state_dict(), layout, adam, device=CPU, dtype=dtype)
 
 
 def share(engine, batches):
@@ -130,10 +136,10 @@ def gradients(config, layout):
     truth = build(config, torch.float64)
     loss = expected_loss(truth, batches, counted)
     norm = torch.stack([p.grad.norm() for p in truth.parameters()]).norm().item()
-    with engine_of(config, layout, None, torch.float64) as engine:
-        mine = share(engine, batches)
-        received, again = engine.accumulate(mine, counted), engine.evaluate(mine, counted)
-        back, found = engine.weights(), engine.gradients()
+    engine = engine_of(config, layout, None, torch.float64)
+    mine = share(engine, batches)
+    received, again = engine.accumulate(mine, counted), engine.evaluate(mine, counted)
+    back, found = engine.weights(), engine.gradients()
     names = [name for name, _ in truth.named_parameters()]
     assert sorted(back) == sorted(found) == sorted(names)
     return {
@@ -153,18 +159,18 @@ def steps(config, layout, dtype=torch.float32):
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     errors = {"loss": 0.0, "norm": 0.0}
-    with engine_of(config, layout, adam, dtype) as engine:
-        for step, rate in enumerate((1e-2, 2e-2, 1e-2)):
-            batches, counted = batches_of(step)
-            loss = expected_loss(decoder, batches, counted)
-            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 0.5)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            errors["loss"] = max(errors["loss"], error(engine.accumulate(share(engine, batches), counted), loss))
-            errors["norm"] = max(errors["norm"], error(torch.tensor(engine.update(rate)), norm))
-        back = engine.weights()
+    engine = engine_of(config, layout, adam, dtype)
+    for step, rate in enumerate((1e-2, 2e-2, 1e-2)):
+        batches, counted = batches_of(step)
+        loss = expected_loss(decoder, batches, counted)
+        norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        errors["loss"] = max(errors["loss"], error(engine.accumulate(share(engine, batches), counted), loss))
+        errors["norm"] = max(errors["norm"], error(torch.tensor(engine.update(rate)), norm))
+    back = engine.weights()
     moved = {name: p.detach() - before[name] for name, p in decoder.named_parameters()}
     errors["weights"] = max(error(back[name] - before[name], moved[name]) for name in moved)
     return errors
@@ -177,21 +183,21 @@ def bf16(config, layout):
     decoder = build(config, torch.bfloat16).float()
     with torch.no_grad():
         truth = expected_loss(decoder, batches, counted)
-    with engine_of(config, layout, Adam(), torch.bfloat16) as engine:
-        losses = []
-        for _ in range(3):
-            losses.append(engine.accumulate(share(engine, batches), counted).item())
-            engine.update(1e-2)
-        engine.accumulate(batches[:1], counted)
-        shares = {}
-        for name, _, parameter in engine._named_parameters(engine.chunks[0].module):
-            kept = parameter.main_grad
-            assert kept.dtype == torch.float32
-            shares[name] = (kept != kept.bfloat16().float()).double().mean().item()
-        kept = engine.weights()
-        engine.chunks[0].module.decoder.layers[0].mlp.linear_fc1.weight.main_grad.fill_(torch.inf)
-        norm = engine.update(1e-2)
-        unmoved = all(torch.equal(x, kept[name]) for name, x in engine.weights().items())
+    engine = engine_of(config, layout, Adam(), torch.bfloat16)
+    losses = []
+    for _ in range(3):
+        losses.append(engine.accumulate(share(engine, batches), counted).item())
+        engine.update(1e-2)
+    engine.accumulate(batches[:1], counted)
+    shares = {}
+    for name, _, parameter in engine._named_parameters(engine.chunks[0].module):
+        kept = parameter.main_grad
+        assert kept.dtype == torch.float32
+        shares[name] = (kept != kept.bfloat16().float()).double().mean().item()
+    kept = engine.weights()
+    engine.chunks[0].module.decoder.layers[0].mlp.linear_fc1.weight.main_grad.fill_(torch.inf)
+    norm = engine.update(1e-2)
+    unmoved = all(torch.equal(x, kept[name]) for name, x in engine.weights().items())
     first = error(torch.tensor(losses[0]), truth)
     return {"loss": first, "losses": losses, "shares": shares, "norm": str(norm), "unmoved": unmoved}
 
@@ -222,9 +228,10 @@ def calls(config, layout):
 
         setattr(module, name, count)
     batches, number = batches_of()
-    with engine_of(config, layout, None, torch.float64) as engine, Collectives() as collectives:
+    engine = engine_of(config, layout, None, torch.float64)
+    with Collectives() as collectives:
         engine.accumulate(share(engine, batches), number)
-        kinds = Counter(type(module).__name__ for module in engine.chunks[0].module.modules())
+    kinds = Counter(type(module).__name__ for module in engine.chunks[0].module.modules())
     for (module, name), function in plain.items():
         setattr(module, name, function)
     own = ("CoreAttention", "Norm", "Gate", "DotProductAttention", "WrappedTorchNorm")
@@ -258,67 +265,57 @@ class _LonelyNorm(megatron_layer.Norm):
         self.weight.sequence_parallel = False
 
 
-def removals():
-    found = {}
-    for name, (layout, module, attribute, replacement) in REMOVALS.items():
-        plain = getattr(module, attribute)
-        setattr(module, attribute, _LonelyNorm if attribute == "Norm" else replacement)
-        found[name] = gradients(CONFIGS["tied"], LAYOUTS[2][layout])["gradients"]
-        setattr(module, attribute, plain)
+def removed(name, layout):
+    """The largest error of a gradient without it."""
+    _, module, attribute, replacement = REMOVALS[name]
+    plain = getattr(module, attribute)
+    setattr(module, attribute, _LonelyNorm if attribute == "Norm" else replacement)
+    found = gradients(LLAMA, layout)["gradients"]
+    setattr(module, attribute, plain)
     return found
 
 
 def dense():
-    """`CoreAttention` alone: errors of outputs and gradients on Megatron's dense sequences, over two context ranks, and on
-    Megatron's packed ones, whole."""
-    size, generator = dist.get_world_size(), torch.Generator().manual_seed(3)
+    """`CoreAttention` over two context ranks, on Megatron's dense sequences: the largest error of its output and gradients."""
+    generator, size = torch.Generator().manual_seed(3), 2
     query, key, value = (torch.randn(24, 2, n, 8, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
     config = SimpleNamespace(
         attention_dropout=0.0, num_attention_heads=4, params_dtype=torch.float64, use_cpu_initialization=True
     )  # fmt: skip
-    found = {}
-    for name, context in {"dense": size, "packed": 1}.items():
-        megatron.start(Layout(context=context))
-        groups = ProcessGroupCollection.use_mpu_process_groups(["cp", "tp"])
-        core = megatron_layer.CoreAttention(
-            config, 1, AttnMaskType.causal, "self", softmax_scale=0.3, pg_collection=groups, windows=(9,), has_sinks=True
-        )
-        chunks = [x.chunk(2 * context) for x in (query, key, value)]
-        pair = (groups.cp.rank(), 2 * context - 1 - groups.cp.rank())
-        mine = [torch.cat([x[i] for i in pair]).requires_grad_() for x in chunks]
-        whole = [x.clone().requires_grad_() for x in (query, key, value)]
-        rule = {"window": 9, "scale": 0.3, "sinks_N": core.sinks.detach()}
-        if name == "packed":
-            bounds = torch.tensor([0, 7, 24], dtype=torch.int32)
-            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-            out = core(*(x[:, 0] for x in mine), None, packed_seq_params=packed)
-            truth = attention(*(x[:, 0] for x in whole), cu_seqlens=bounds, **rule)
-        else:
-            out = core(*mine, None).unflatten(-1, (4, 8))
-            truth = attention(*(x.transpose(0, 1) for x in whole), **rule).transpose(0, 1)
-        d_truth = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
-        here = torch.cat([torch.arange(24).chunk(2 * context)[i] for i in pair])
-        expected = [truth[here], *(x[here] for x in torch.autograd.grad(truth, whole, d_truth))]
-        received = [out, *torch.autograd.grad(out, mine, d_truth[here])]
-        found[name] = max(error(a, b) for a, b in zip(received, expected, strict=True))
-        parallel_state.destroy_model_parallel()
-    return found
+    core = megatron_layer.CoreAttention(
+        config, 1, AttnMaskType.causal, "self", softmax_scale=0.3, windows=(9,), has_sinks=True,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(["cp", "tp"]),
+    )  # fmt: skip
+    here = torch.cat([torch.arange(24).chunk(2 * size)[i] for i in (core.group.rank(), 2 * size - 1 - core.group.rank())])
+    mine, whole = ([x[index].requires_grad_() for x in (query, key, value)] for index in (here, torch.arange(24)))
+    out = core(*mine, None).unflatten(-1, (4, 8))
+    rule = {"window": 9, "scale": 0.3, "sinks_N": core.sinks.detach()}
+    truth = attention(*(x.transpose(0, 1) for x in whole), **rule).transpose(0, 1)
+    d_truth = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+    expected = [truth[here], *(x[here] for x in torch.autograd.grad(truth, whole, d_truth))]
+    received = [out, *torch.autograd.grad(out, mine, d_truth[here])]
+    return max(error(a, b) for a, b in zip(received, expected, strict=True))
 
 
-def layouts(check, names=tuple(CONFIGS), kinds=None):
-    here = LAYOUTS[dist.get_world_size()]
-    return {f"{name}, {kind}": check(CONFIGS[name], here[kind]) for name in names for kind in kinds or here}
+def cases(check, num_ranks):
+    """(name, layout, what to call) of each case of a check."""
+    here, few = LAYOUTS[num_ranks], ("sequence", "context", "pipeline")
+    untied, gemma = "untied, biases, one key head", "Gemma with sinks"
 
+    def over(function, names, kinds=tuple(here)):
+        for name, kind in ((name, kind) for name in names for kind in kinds):
+            yield f"{name}, {kind}", here[kind], lambda name=name, kind=kind: function(CONFIGS[name], here[kind])
 
-CHECKS = {
-    "gradients": lambda: layouts(gradients),
-    "gradients of few": lambda: layouts(gradients, ["Gemma with sinks"], ["sequence", "context", "pipeline"]),
-    "steps": lambda: layouts(steps, ["tied", "untied, biases, one key head"]),
-    "bf16": lambda: {"tied": bf16(LLAMA, Layout()), "untied": bf16(CONFIGS["untied, biases, one key head"], Layout())},
-    "calls": lambda: layouts(calls, ["tied"]),
-    "removals": removals,
-    "dense": dense,
-}
+    if check == "removals":
+        return [(name, here[kind], partial(removed, name, here[kind])) for name, (kind, *_) in REMOVALS.items()]
+    return {
+        "gradients": lambda: over(gradients, CONFIGS if num_ranks < 4 else [gemma]),
+        "gradients of few": lambda: over(gradients, [gemma], few),
+        "steps": lambda: over(steps, [untied]),
+        "bf16": lambda: over(bf16, ["tied", untied]),
+        "calls": lambda: over(calls, ["tied"]),
+        "dense": lambda: [("dense", here["context"], dense)],
+    }[check]()
 
 
 def worst(found):
@@ -335,16 +332,16 @@ def worst(found):
 def rank_of(rank, num_ranks, folder, checks) -> None:
     torch.set_num_threads(1)
     megatron_shims.install()
-    if num_ranks == 1:  # without a launcher, `start` makes the group
-        megatron.start(Layout())
-        parallel_state.destroy_model_parallel()
-    else:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", num_ranks), rank=rank, world_size=num_ranks)
-    results = worst({name: CHECKS[name]() for name in checks})
+    planned = [(check, *case) for check in checks for case in cases(check, num_ranks)]
+    results = {check: {} for check in checks}
+    for number, layout in enumerate(dict.fromkeys(layout for _, _, layout, _ in planned)):
+        with groups(layout, rank, num_ranks, f"{folder}/{number}"):
+            for check, name, needed, call in planned:
+                if needed == layout:
+                    results[check][name] = worst(call())
     if rank == 0:
         json.dump(results, sys.stdout)
         sys.stdout.flush()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

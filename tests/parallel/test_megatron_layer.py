@@ -1,4 +1,4 @@
-"""Our modules inside Megatron's layer: that they are the ones called, and each alone."""
+"""Our modules for Megatron's layer, each alone; `test_megatron.py` tests that they are the ones called there."""
 
 import importlib
 import json
@@ -37,24 +37,10 @@ def groups_of(context=1):
 
 
 @pytest.mark.slow
-def test_ours_are_the_modules_that_are_called_and_no_local_one_of_megatron():
-    command = [sys.executable, str(WORKER), "2", "calls", "dense"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_megatrons_dense_sequences_lie_over_two_context_ranks():
+    done = subprocess.run([sys.executable, str(WORKER), "2", "dense"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    rows, layers = 4, 4
-    whole = {"rms_norm": rows * (2 * layers + 1), "rope": rows * layers, "swiglu": rows * layers, "linear_cross_entropy": rows}
-    called = {name: case["calls"] for name, case in found["calls"].items()}
-    for kind in ("tensor", "sequence"):
-        assert called[f"tied, {kind}"] == whole | {"attention": rows * layers}
-    assert called["tied, context"] == whole | {"ring_attention": rows * layers}
-    assert called["tied, data"] == {name: number // 2 for name, number in (whole | {"attention": rows * layers}).items()}
-    for kind in ("pipeline", "interleaved"):  # rank 0, the first of two stages, or of two pairs of them
-        assert called[f"tied, {kind}"] == {"rms_norm": rows * layers, "rope": 8, "swiglu": 8, "attention": 8}
-    modules = found["calls"]["tied, sequence"]["modules"]
-    assert modules == {"CoreAttention": 4, "Norm": 9, "Gate": 4, "DotProductAttention": 0, "WrappedTorchNorm": 0}
-    # Megatron's dense sequences over two context ranks, and its packed ones.
-    assert found["dense"].keys() == {"dense", "packed"} and max(found["dense"].values()) < 1e-14
+    assert json.loads(done.stdout)["dense"]["dense"] < 1e-14
 
 
 @pytest.mark.parametrize("packed", [False, True])
