@@ -3,18 +3,17 @@
 Axis: `context`, of n ranks. Sharded: T. The row is cut into 2n chunks of equal length, to a token; rank r holds chunks r and
 2n − 1 − r (zigzag), so that causal work is balanced. Documents may cross every border, and no length divides anything.
 
-| collective, per layer and rank          | ring                            | Ulysses                                         |
-|-----------------------------------------|---------------------------------|-------------------------------------------------|
-| forward                                 | n − 1 sends of K and V          | all-to-all of q, k, v, and of the output        |
-| bytes, b a number, t = T/n              | (n−1)·t·K·(H+H')·b              | (n−1)/n·t·(N·(H+H') + K'·(H+H'))·b              |
-| backward                                | n − 1 sends of K and V, n of    | the same, backwards                             |
-|                                         | dK and dV in fp32               |                                                 |
-| bytes                                   | (n−1)·t·K·(H+H')·b + n·t·K·(H+H')·4 | as forward                                  |
+| bytes, per layer and rank; b a number, t = T/n     | ring                                | Ulysses                    |
+|----------------------------------------------------|-------------------------------------|----------------------------|
+| forward                                            | (n−1)·t·K·(H+H')·b                  | (n−1)/n·t·(N+K')·(H+H')·b  |
+| backward                                           | (n−1)·t·K·(H+H')·b + n·t·K·(H+H')·4 | (n−1)/n·t·(N+K')·(H+H')·b  |
+| sums over sequences: all-reduce of B, once a row   | 2·(n−1)/n·B·4                       | 2·(n−1)/n·B·4              |
 
-K' is K, or lcm(K, n) where n does not divide K: key heads are repeated, and their gradients summed. Ring partials and gradients
-are merged in fp32 (fp64 for fp64), sinks once, behind the merge. Beside its own, a rank holds the keys and values of two ranks
-at most, those it computes with and the next, which arrive meanwhile; in a backward their gradients too. Both are functions of
-this rank's tokens; the rest of the model needs positions alone.
+The ring sends K and V n − 1 times, and backwards again, with dK and dV in fp32 n times. Ulysses exchanges q, k, v and the
+output by all-to-alls, and their gradients. K' is K, or lcm(K, n) where n does not divide K: key heads are repeated, and their
+gradients summed. Ring partials and gradients are merged in fp32 (fp64 for fp64), sinks once, behind the merge. Beside its own,
+a rank holds the keys and values of two ranks at most, those it computes with and the next, which arrive meanwhile; in a
+backward their gradients too. Both are functions of this rank's tokens; the rest of the model needs positions alone.
 
 **Source** Ring Attention, arXiv 2310.01889; zigzag: zhuzilin/ring-flash-attention; DeepSpeed-Ulysses, arXiv 2309.14509.
 **Limits** The boundaries are host numbers: they plan which pairs of chunks see each other. One packed row, causal or not.

@@ -5,9 +5,12 @@ generates for prompts of its own, and all make every forward pass together: one 
 
 | collective, per forward pass                       | ranks                         | bytes a rank                   |
 |----------------------------------------------------|-------------------------------|--------------------------------|
-| who is still generating: all-reduce                | all                           | 8                              |
-| a layer of P numbers: all-gather of its parts      | shard × context × tensor = n  | (n−1)/n·P·b                    |
+| who is still generating: all-reduce                | all = n                       | 2·(n−1)/n·8                    |
+| a layer of P numbers: all-gather of its parts      | shard × context × tensor = n  | (n−1)/n·(P+(m−1)·R)·b          |
 | the same, to the other stages: broadcast           | pipeline                      | P·b                            |
+| once: who has each of W tensors: all-gather        | pipeline = n                  | (n−1)·W·4                      |
+
+R of a layer's numbers are replicated over the m ranks of `tensor`, and come from each. The rest of the model comes once.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the same rows; where parameters are sharded, groups with fewer rows take part wi
 | collective, once an update, P parameters here    | ranks                     | bytes a rank   |
 |--------------------------------------------------|---------------------------|----------------|
 | shard = 1: all-reduce of the gradients           | replicate × context = n   | 2·(n−1)/n·P·b  |
-| tensor: all-reduce of replicated ones            | tensor                    | small          |
+| tensor: all-reduce of R replicated ones          | tensor = n                | 2·(n−1)/n·R·b  |
 | pipeline, tied: all-reduce of the embedding's    | first and last stage      | V·D·b          |
 """
 

@@ -3,7 +3,7 @@
 Axis: `pipeline`, of n ranks. Sharded: the layers, cut by cost; the embedding on the first stage, the final norm, the output
 matrix and the loss on the last. A tied embedding is on both, and its gradients are added up after a step.
 
-| communication, M microbatches of T tokens, D wide, b a number | bytes a rank and stage                     |
+| communication, M microbatches of T tokens, D wide, b a number | bytes, each border between ranks           |
 |---------------------------------------------------------------|--------------------------------------------|
 | forward: the residual stream to the next stage                | M·T·D·b                                    |
 | backward: its gradient to the previous one                    | M·T·D·b                                    |

@@ -3,12 +3,14 @@
 Axis: `shard` (and `replicate` before it). Sharded: every parameter's first dim; each layer is one group, the rest of the model
 another. Every rank takes its share of a step's batches, and gradients are summed, not averaged: losses divide by global counts.
 
-| collective, P parameters, n ranks      | bytes a rank, b a number                          |
-|----------------------------------------|---------------------------------------------------|
-| forward: all-gather, a layer ahead     | (n−1)/n·P·b                                       |
-| backward: all-gather again             | (n−1)/n·P·b                                       |
-| backward: reduce-scatter               | (n−1)/n·P·4                                       |
-| HSDP: all-reduce over `replicate`      | 2·(r−1)/r·P/n·4                                   |
+| collective, for each row; P parameters, L of them in layers  | bytes a rank of n, b a number  |
+|--------------------------------------------------------------|--------------------------------|
+| forward: all-gather, a layer at a time                       | (n−1)/n·P·b                    |
+| backward: all-gather of the layers again, one ahead          | (n−1)/n·L·b                    |
+| backward: reduce-scatter                                     | (n−1)/n·P·4                    |
+| HSDP: all-reduce over r `replicate` ranks                    | 2·(r−1)/r·P/n·4                |
+
+A first dim that n does not divide is padded to a multiple.
 
 **Source** ZeRO, arXiv 1910.02054; PyTorch FSDP, arXiv 2304.11277; activation checkpointing, arXiv 1604.06174.
 **Limits** The output matrix is whole inside the model's forward alone: losses are computed by its `head`.

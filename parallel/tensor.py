@@ -5,15 +5,16 @@ Axis: `tensor`, of n ranks. Sharded: N and K (q, k, v by rows, o by columns), F 
 Where n does not divide K, every rank keeps all key heads, repeats them to lcm(K, n) and takes its own. Norms, and the biases of
 o and down, are replicated.
 
-| collective, per layer and rank       | bytes, b a number, s = S/n  |
-|--------------------------------------|-----------------------------|
-| forward: 2 all-gathers of hidden     | 2·(n−1)·s·D·b               |
-| forward: 2 reduce-scatters           | 2·(n−1)·s·D·b               |
-| backward: their conjugates           | the same                    |
+| collective, per layer and rank                                              | bytes, b a number, s = S/n  |
+|-----------------------------------------------------------------------------|-----------------------------|
+| forward: 2 all-gathers of hidden                                            | 2·(n−1)·s·D·b               |
+| forward: 2 reduce-scatters                                                  | 2·(n−1)·s·D·b               |
+| backward: their conjugates                                                  | 4·(n−1)·s·D·b               |
+| once a row: behind the embedding, before the output matrix, and backwards   | 4·(n−1)·s·D·b               |
+| the losses' own, once a row: 7 numbers for each of X tokens that count      | (n−1)·7·X·4                 |
+| once an update: all-reduce of the gradients of R replicated numbers         | 2·(n−1)/n·R·b               |
 
-Once a step: a reduce-scatter behind the embedding, an all-gather before the output matrix, the losses' own (see
-`linear_logprob`, `reduce_d_hidden=False`: the all-gather's conjugate sums it), and one all-reduce of the replicated parameters'
-gradients.
+Losses leave the hidden states' gradient partial (`reduce_d_hidden=False`): the last all-gather's conjugate sums it.
 
 **Source** Megatron-LM, arXiv 1909.08053; sequence parallelism, arXiv 2205.05198.
 **Limits** Cuts a whole model that every rank has in memory. No key/value cache. N must be a multiple of n, and F too.
