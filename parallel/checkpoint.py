@@ -151,7 +151,8 @@ class Saver:
     """Saves on a thread, at most one save at a time; every rank makes the same calls.
 
     `group` is a gloo group of all ranks for the Saver alone (None: one process). Its timeout bounds the longest that one rank
-    waits for another: choose it longer than a rank writes. Call `wait` before the group is destroyed.
+    waits for another: choose it longer than a rank writes. At the end call `wait`, drop the Saver, then destroy the group: a
+    gloo group that outlives the interpreter may abort it (pytorch pull request 179291).
     """
 
     def __init__(self, group: dist.ProcessGroup | None):

@@ -7,6 +7,7 @@ Run     torchrun --nproc-per-node 4 tests/parallel/checkpoint_worker.py ranks FO
 Prints  one JSON object of what was seen
 """
 
+import atexit
 import json
 import os
 import pickle
@@ -132,7 +133,8 @@ def run_ranks(folder: Path) -> None:
         print(json.dumps(everyone))
     else:
         saver.gather(seen)
-    # An end of the program, and of its other groups, with a save in flight.
+    # The program ends with a save in flight: its thread is joined, then this, as gloo's threads may abort an interpreter's end.
+    atexit.register(dist.destroy_process_group)
     saver.save(folder, 9, [(layout(), cut(rank))], lambda path: (time.sleep(0.5), describe(path)), keep=2)
 
 

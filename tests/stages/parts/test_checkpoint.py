@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from warpline.models import huggingface
+from warpline.parallel.checkpoint import Piece, SaveFailed, Saver
 from warpline.stages.parts.checkpoint import (
+    Checkpoints,
     checkpoints,
     damage,
     latest_checkpoint,
+    load_moments,
     load_start,
     load_state,
+    moment_names,
     save_checkpoint,
     write_manifest,
 )
@@ -98,6 +103,118 @@ def test_a_damaged_start_is_refused_in_one_line(saved):
     truncate(saved / "step-2")
     with pytest.raises(BadConfig, match=r"step-2 is damaged: model.safetensors does not match its digest; use an earlier one"):
         load_start(saved / "step-2", torch.device("cpu"))
+
+
+def pieces_of(decoder, seed: int) -> tuple[dict[str, Piece], dict[str, Piece]]:
+    """Whole parameters and seeded moments, by name."""
+    generator, model, moments = torch.Generator().manual_seed(seed), {}, {}
+    for name, parameter in decoder.named_parameters():
+        model[name] = Piece.of(parameter)
+        for moment in moment_names(name):
+            moments[moment] = Piece.of(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model, moments
+
+
+def test_pieces_in_shards_come_back_under_another_cut_with_their_state(tmp_path, tiny_decoder, tokenizer):
+    kept, saver = {name: tensor.clone() for name, tensor in tiny_decoder.state_dict().items()}, Saver(None)
+    model, moments = pieces_of(tiny_decoder, 0)
+    expected, state = {name: piece.tensor.clone() for name, piece in moments.items()}, {"num_updates": 7, "seconds": 0.5}
+    stage = Checkpoints(tmp_path, saver, keep=2, max_shard_bytes=10_000)
+    stage.save(3, tiny_decoder.config, tokenizer, state, model, moments)
+    for piece in (*model.values(), *moments.values()):
+        piece.tensor.zero_()
+    state["num_updates"] = 8
+    saver.wait()
+    assert stage.latest(pytest.fail) == tmp_path / "step-3"
+    assert {len(list(tmp_path.glob(f"step-3/{stem}-*-of-*.safetensors"))) > 1 for stem in ("model", "optimizer")} == {True}
+    decoder, loaded_tokenizer = load_start(tmp_path / "step-3", torch.device("cpu"))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in decoder.state_dict().items())
+    assert loaded_tokenizer.encode("def add") == tokenizer.encode("def add")
+    last = {
+        name: Piece(torch.zeros(1, *tensor.shape[1:]), tuple(tensor.shape), (len(tensor) - 1, *[0] * (tensor.ndim - 1)))
+        for name, tensor in expected.items()
+    }
+    assert load_moments(tmp_path / "step-3", last) == {"num_updates": 7, "seconds": 0.5}
+    assert all(torch.equal(piece.tensor, expected[name][-1:].float()) for name, piece in last.items())
+
+
+def test_moments_of_another_model_are_refused_in_one_line(saved):
+    with pytest.raises(
+        BadConfig, match=r"the optimiser of .*step-2 does not fit the model: .*tensor exp_avg\.norm\.weight has"
+    ) as e:
+        load_moments(saved / "step-2", {"exp_avg.norm.weight": Piece.of(torch.zeros(3))})
+    assert "\n" not in str(e.value)
+
+
+def test_a_save_that_fails_keeps_the_checkpoints_before(saved, tiny_decoder, tokenizer):
+    optimizer = optimizer_of(tiny_decoder, 3)
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        save_checkpoint(saved, 3, tiny_decoder, optimizer, tokenizer, {"loss": object()}, keep=2)
+    with pytest.raises(SaveFailed, match=r"rank 0: Not a directory: '.*state\.json/run"):
+        save_checkpoint(saved / "step-2" / "state.json" / "run", 3, tiny_decoder, optimizer, tokenizer, {}, keep=2)
+    assert {path.name for path in saved.iterdir()} == {"step-1", "step-2"}
+    assert latest_checkpoint(saved, pytest.fail) == saved / "step-2"
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from warpline.models import huggingface
+from warpline.parallel.checkpoint import Piece, Saver
+from warpline.stages.parts.checkpoint import Checkpoints, load_moments, load_start, moment_names
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, size, start, folder = dist.get_rank(), dist.get_world_size(), Path(sys.argv[1]), Path(sys.argv[2])
+decoder, tokenizer = load_start(start, torch.device("cpu"))
+saver = Saver(dist.new_group(backend="gloo"))
+
+def rows(tensor):
+    step = -(-len(tensor) // size)
+    offset = (min(rank * step, len(tensor)), *[0] * (tensor.ndim - 1))
+    return Piece(tensor[rank * step : (rank + 1) * step], tuple(tensor.shape), offset)
+
+parameters = dict(decoder.named_parameters())
+model = {name: rows(parameter.detach()) for name, parameter in parameters.items()}
+moments = {moment: rows(parameter.detach() + 1) for name, parameter in parameters.items() for moment in moment_names(name)}
+stage = Checkpoints(folder, saver, keep=2)
+for step in (1, 2, 3):
+    stage.save(step, decoder.config, tokenizer, {"step": step}, model, moments)
+saver.wait()
+for path, name in ((folder / "step-3", "model"), (folder / "step-2", "optimizer")):
+    if rank == 0:
+        content = bytearray((path / f"{name}.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / f"{name}.safetensors").write_bytes(content)
+    saver.gather(None)
+    warnings = []
+    latest = stage.latest(warnings.append)
+    print(rank, latest.name if latest else None, len(warnings), flush=True)
+del stage, saver  # a gloo group that is alive when the interpreter ends may abort it
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_find_the_newest_good_checkpoint_together(tmp_path, start_folder):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", str(script)]
+    done = subprocess.run([*command, str(start_folder), str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [f"{rank} step-2 {int(rank == 0)}" for rank in range(3)] + [
+        f"{rank} None {2 * (rank == 0)}" for rank in range(3)
+    ]
+    assert sorted(done.stdout.split("\n")[:-1]) == sorted(expected)
+    for step in (2, 3):  # the flipped bits back
+        path = tmp_path / "run" / f"step-{step}" / {2: "optimizer.safetensors", 3: "model.safetensors"}[step]
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        assert damage(path.parent) is None
+    decoder, began = huggingface.load(tmp_path / "run" / "step-3"), huggingface.load(start_folder)
+    assert all(torch.equal(tensor, began.state_dict()[name]) for name, tensor in decoder.state_dict().items())
+    optimizer = torch.optim.AdamW(decoder.parameters())
+    (tmp_path / "run" / "step-3" / "state.json").write_text('{"num_updates": 1}')
+    load_state(tmp_path / "run" / "step-3", decoder, optimizer)
+    assert all(torch.equal(optimizer.state[p][m], p + 1) for p in decoder.parameters() for m in ("exp_avg", "exp_avg_sq"))
 
 
 class Planted:
