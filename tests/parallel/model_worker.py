@@ -139,7 +139,7 @@ def main() -> None:
     chosen = sys.argv[1:] or [name for name, (sizes, _) in LAYOUTS.items() if sizes.product == size]
     alone, found = {}, {}
     for name in chosen:
-        key = list(CONFIGS)[list(LAYOUTS).index(name) % len(CONFIGS)]
+        key = list(CONFIGS)[(list(LAYOUTS).index(name) + 2) % len(CONFIGS)]
         if key not in alone:
             alone[key] = run(CONFIGS[key], Sizes(), Techniques())
         steps, completions, totals = alone[key]

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tensor_worker import CONFIGS, build
+from tensor_worker import CONFIGS, build, gathered
 
 from warpline.kernels.linear_logprob import linear_cross_entropy
 from warpline.parallel import shard, tensor
@@ -91,7 +91,7 @@ def main() -> None:
 
         mine = mesh["shard"].get_local_rank()
         received = train(decoder, lambda whole: whole[mine::2], shards.head, sum_replicated)
-        whole = [{name: shards.whole(name, x) for name, x in part.items()} for part in received]
+        whole = [{name: gathered(shards, name, x) for name, x in part.items()} for part in received]
         found["fsdp × tensor"] = {"gradients": error(whole[0], expected[0]), "steps": error(whole[1], expected[1])}
     if rank == 0:
         json.dump(found, sys.stdout)
