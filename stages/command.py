@@ -221,9 +221,14 @@ def _model_of(run: Path) -> Path:
 
 @app.command("doctor")
 def doctor_() -> None:
-    """Print what is here: machine, GPUs, versions, kernels."""
+    """Print what is here: machine, GPUs, versions, kernels.
+
+    With GPUs, each is checked; exit code 4 if one is bad.
+    """
     with Outcome():
-        doctor.main()
+        is_well = doctor.main()
+    if not is_well:
+        raise SystemExit(EXIT_FAILED)
 
 
 @app.command("profile")

@@ -1,14 +1,19 @@
-"""What is here: the machine, versions and GPUs, and for every operation with several implementations which of them would run.
+"""What is here: the machine, versions and GPUs, for every operation with several implementations which of them would run, and
+whether a GPU is bad.
 
-Run     warpline doctor
+Run     warpline doctor        [torchrun --nnodes N --nproc-per-node 8 --no-python warpline doctor]
 Reads   nothing but the machine
 Writes  standard output, as wide as the terminal
-Expect  a package counts as here if its distribution is installed and really imports; without a GPU the answers are for the CPU
+Expect  a package counts as here if its distribution is installed and really imports; without a GPU the answers are for the CPU.
+        With GPUs each is checked (`parts/gpu_check.py`; the checks were not run on GPUs yet); exit code 4 if one is bad. Under
+        torchrun every rank's device is checked, and the rest is not printed
 """
 
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +26,8 @@ from rich.table import Table
 from ..kernels import attention_backend, rms_norm, swiglu
 from ..kernels.attention_torch import Rule
 from ..kernels.backend import Backend
+from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
+from .parts.gpu_check import Reading, check, problems
 
 GIB = 2**30
 
@@ -185,7 +192,44 @@ LEGEND = (
 )
 
 
-def main() -> None:
+def main() -> bool:
+    """Whether nothing is wrong."""
+    if num_processes() > 1:
+        mesh = start_mesh(Sizes(replicate=num_processes()))
+        try:
+            return check_ranks(mesh)
+        finally:
+            end_mesh(mesh)
+    report()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        return subprocess.call([sys.executable, *torchrun, "-m", "warpline.stages.command", "doctor"]) == 0
+    return check_ranks(start_mesh()) if count else True
+
+
+def check_ranks(mesh: Mesh) -> bool:
+    """Checks every rank's device, and prints on the first rank."""
+    readings, sweep = check(mesh)
+    found = problems(readings)
+    if mesh.is_first:
+        console = Console(highlight=False)
+        console.print("\n[bold]checks[/bold]")
+        console.print(_grid([("device", "TFLOP/s", "GB/s", "MHz", "bits"), *map(_row, readings)]))
+        if sweep:
+            console.print("\n[bold]all-reduce[/bold], bus bandwidth")
+            console.print(_grid((f"{size / 2**20:g} MiB", f"{rate:.3g} GB/s") for size, rate in sweep))
+        console.print("")
+        console.print("\n".join(found) or "nothing is wrong", markup=False)
+    return not found
+
+
+def _row(reading: Reading) -> tuple[str, ...]:
+    clock = "–" if reading.clock_mhz is None else f"{reading.clock_mhz} of {reading.max_clock_mhz}"
+    return reading.where, f"{reading.product_tflops:.3g}", f"{reading.copy_gbytes:.4g}", clock, reading.digest
+
+
+def report() -> None:
     console, device = Console(highlight=False), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(_grid(machine().items()))
     for name, operation in OPERATIONS.items():
@@ -205,7 +249,7 @@ def _grid(rows: Iterable[Sequence[str]], name_width: int = 0) -> Table:
     grid = Table.grid(padding=(0, 2))
     for index in range(len(last)):
         is_text = index == len(last) - 1
-        grid.add_column(min_width=(7, name_width)[index] if not is_text else None, no_wrap=not is_text, overflow="fold")
+        grid.add_column(min_width=(7, name_width, 0, 0)[index] if not is_text else None, no_wrap=not is_text, overflow="fold")
     for cells in rows:
         grid.add_row(*map(escape, cells))
     return grid

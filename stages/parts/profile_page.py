@@ -18,6 +18,7 @@ PARTS = (("compute", "--pretrain"), ("exposed communication", "--rl"), ("the res
 MAX_BARS = 64
 MIB = 2**20
 OWN_STYLE = """
+.tiles { grid-template-columns:repeat(auto-fit,minmax(min(190px,100%),1fr)); }
 svg.schedule text.cell { fill:#fff; text-anchor:middle; font-size:11px; }
 .swatch { display:inline-block; width:12px; height:12px; border-radius:3px; margin-right:6px; vertical-align:-1px; }
 td.number, th.number { text-align:right; white-space:nowrap; }
@@ -104,7 +105,7 @@ def terminal_summary(found: dict[str, Any], num_operators: int = 8) -> str:
         slow = max(mine, key=lambda share: share.compute)
         lines.append(f"most compute: rank {slow.rank}, {slow.compute:.1f} ms; the mean is {parts[0]:.1f} ms")
     peak = max(found["ranks"], key=lambda rank: rank["peak_bytes"])
-    lines.append(f"{_memory_name(found)}: {peak['peak_bytes'] / MIB:,.1f} MiB at the most, on rank {peak['rank']}")
+    lines.append(f"{_memory_name(found)}: {peak['peak_bytes'] / MIB:,.1f} MiB at most, on rank {peak['rank']}")
     if found["predicted_bubble"] is not None:
         lines.append(f"bubble of {found['schedule']}: {_bubbles(found)}")
     if rows:
@@ -125,7 +126,7 @@ def _on_gpu(found: dict[str, Any]) -> bool:
 
 
 def _memory_name(found: dict[str, Any]) -> str:
-    return "GPU memory" if _on_gpu(found) else "memory beyond what there was when recording began"
+    return "GPU memory" if _on_gpu(found) else "memory since recording began"
 
 
 # ---- The page ----

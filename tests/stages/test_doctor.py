@@ -1,6 +1,7 @@
 """The doctor says what the tables say and what would really be chosen, within 80 columns, with and without a driver."""
 
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -108,3 +109,27 @@ def test_gpus_are_named_as_the_driver_names_them(monkeypatch):
 def test_without_triton_it_still_answers(monkeypatch):
     monkeypatch.setattr(triton_jit, "triton", None)
     assert doctor.machine()["triton"] == "not installed: no kernel of ours runs on a GPU"
+
+
+def test_a_bad_device_is_named_and_the_doctor_is_not_content(monkeypatch, capsys):
+    from warpline.parallel.mesh import start_mesh
+    from warpline.stages.parts.gpu_check import Reading
+
+    readings = [Reading(f"node GPU {n}", "H100", rate, 2500.0, "ab") for n, rate in enumerate((600.0, 600.0, 300.0))]
+    monkeypatch.setattr(doctor, "check", lambda mesh: (readings, [(2**20, 12.34)]))
+    assert doctor.check_ranks(start_mesh()) is False
+    told = capsys.readouterr().out
+    assert "node GPU 2: straggler: product at 300 TFLOP/s, 50% of the median 600" in told and "1 MiB    12.3 GB/s" in told
+    monkeypatch.setattr(doctor, "check", lambda mesh: (readings[:2], []))
+    assert doctor.check_ranks(start_mesh()) is True
+    assert "nothing is wrong" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_under_torchrun_every_ranks_device_is_checked_and_the_first_prints():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, "-m", "warpline.stages.command", "doctor"], capture_output=True, text=True, timeout=300)
+    assert re.findall(r"CPU 0 +\d", done.stdout) and done.stdout.count(" CPU 0  ") >= 2
+    assert "all-reduce, bus bandwidth" in done.stdout and re.search(r"1 MiB +[\d.]+ GB/s", done.stdout)
+    # Two processes on busy cores may well differ in speed, but not in bits.
+    assert (done.returncode == 0) == ("nothing is wrong" in done.stdout) and "other bits" not in done.stdout
