@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -94,10 +95,11 @@ class Adam:
 
 
 def start(layout: Layout, seed: int = 0) -> None:
-    """Divide the processes into Megatron's groups; a lone process needs no launcher."""
+    """Divide the processes into Megatron's groups, joining those that torchrun started; a lone process needs no launcher."""
     if not dist.is_initialized():
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, **({} if dist.is_torchelastic_launched() else alone))
     size = layout.tensor * layout.context * layout.pipeline
     if dist.get_world_size() % size:
         received = f"tensor {layout.tensor}, context {layout.context} and pipeline {layout.pipeline}"
@@ -112,7 +114,6 @@ def start(layout: Layout, seed: int = 0) -> None:
 def transformer_config(shape: Any, layout: Layout, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
     """Megatron's config of a decoder's shape (`DecoderConfig`)."""
     _check_shape(shape, layout, dtype)
-
     interleaves = layout.stages_per_rank > 1
 
     def leave(weight: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class MegatronDecoder(LanguageModule):
             hidden = self.embedding(row.tokens_T[None], None)
             if self.shape.scale_embeddings:
                 hidden = hidden * torch.tensor(self.shape.width**0.5, dtype=hidden.dtype)
-        longest = max((b - a for a, b in zip(row.shared.layout.bounds, row.shared.layout.bounds[1:], strict=False)), default=0)
+        longest = max((stop - start for start, stop in pairwise(row.shared.layout.bounds)), default=0)
         packed = PackedRow(
             qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest, shared=row.shared, rotary=self._rotary(row.shared)
         )
