@@ -139,8 +139,8 @@ class ParallelModel:
         if self.is_sharded and techniques.schedule in pipeline.SPLIT and self.stages:
             received = f"schedule {techniques.schedule!r} with shard={mesh.sizes.shard}"
             raise ValueError(f"received {received}, whose gradients torch gets wrong; use interleaved or 1f1b, or shard=1")
-        roots = self.stages or [decoder]
-        for root in roots:
+        self.roots: list[Any] = list(self.stages) or [decoder]
+        for root in self.roots:
             if shard_mesh is not None:
                 shard.apply(
                     root, shard_mesh, compute_dtype=techniques.gather_dtype, offload=techniques.offload,
@@ -151,7 +151,7 @@ class ParallelModel:
         data = ("replicate", "context")
         self.data_group = None if self.is_sharded else mesh.group(*data)
         if next(decoder.parameters()).is_meta:
-            for module in roots:
+            for module in self.roots:
                 module.to_empty(device="cpu" if techniques.offload and self.is_sharded else mesh.device)
         self.hidden_dtype = (techniques.gather_dtype if self.is_sharded else None) or dtype
         self.schedules: dict[tuple[int, int], pipeline.Pipeline] = {}
@@ -264,6 +264,9 @@ class ParallelModel:
                 found = pipeline.forward(
                     self.stages, self.pipeline_group, views, whole_head, self._between(views), owners
                 )  # fmt: skip
+        if self.is_sharded:
+            for root in self.roots:
+                root.reshard()  # what is in no layer stays whole behind a forward pass that no backward follows
         return found[:num_real]
 
     @property

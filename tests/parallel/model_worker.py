@@ -108,11 +108,11 @@ def run(config, sizes, techniques):
     model = ParallelModel(meta[0], mesh, techniques, lambda: {"softcap": config.logit_softcap})
     fill(model, dict(build(config).named_parameters()))
     steps = [step(model, mesh, given) for given in (rows(), rows()[:1])]
+    totals = model.totals(mesh.share(rows()), lambda *seen: head(*seen).numbers, 2)
     prompts = mesh.deal([[1 + i, 5, 9, i][: 2 + i % 3] for i in range(5)], *Sizes._fields)
     with WholeDecoder(model, meta[1]) as whole:
         greedy = generate(whole, prompts, max_new_tokens=6, end_ids=(3,), temperature=0.0)
     completions = mesh.gather([completion.ids for completion in greedy], *Sizes._fields)
-    totals = model.totals(mesh.share(rows()), lambda *seen: head(*seen).numbers, 2)
     return steps, completions, totals
 
 
