@@ -1,13 +1,14 @@
 """One rank of a pipeline: a decoder's loss and gradients against one process, in fp64, under every schedule.
 
 Run     torchrun --nproc-per-node N tests/parallel/pipeline_worker.py
-Prints  on rank 0, one JSON object: for each case the error of the loss and the largest of a parameter's gradient, and the
-        products of a step
+Prints  on rank 0, one JSON object: for each case the error of the loss, of what is evaluated and the largest of a parameter's
+        gradient; the last also before the tied ones are added up; and the products of a step
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,8 @@ from tensor_worker import CONFIGS, build
 
 from warpline.kernels.linear_logprob import linear_cross_entropy
 from warpline.parallel import pipeline
-from warpline.parallel.pipeline import Batch, Pipeline
 
-NUM_MICROBATCHES, NUM_TOKENS = 8, 17
+NUM_ROWS, NUM_TOKENS = 8, 17
 CASES = {
     "gpipe": ("tied", 1),
     "1f1b": ("Gemma with sinks", 1),
@@ -32,76 +32,120 @@ CASES = {
 }
 
 
-def batch():
-    """Documents of uneven length, and tokens past the last, in every microbatch."""
+class Row(NamedTuple):
+    tokens: torch.Tensor
+    target: torch.Tensor
+    cu_seqlens: torch.Tensor
+    shared: None = None
+
+
+def rows():
+    """Documents of uneven length, and tokens past the last, in every row."""
     generator = torch.Generator().manual_seed(1)
-    tokens, target = (torch.randint(0, 37, (NUM_MICROBATCHES, NUM_TOKENS), generator=generator) for _ in range(2))
-    cu_seqlens = torch.tensor([[0, 4 + m % 3, 9 + m % 2, 15 + m % 3] for m in range(NUM_MICROBATCHES)], dtype=torch.int32)
-    for m in range(NUM_MICROBATCHES):
-        target[m, cu_seqlens[m, -1] :] = -100
-    return Batch(tokens, target, cu_seqlens)
+    tokens, target = (torch.randint(0, 37, (NUM_ROWS, NUM_TOKENS), generator=generator) for _ in range(2))
+    bounds = torch.tensor([[0, 4 + m % 3, 9 + m % 2, 15 + m % 3] for m in range(NUM_ROWS)], dtype=torch.int32)
+    for m in range(NUM_ROWS):
+        target[m, bounds[m, -1] :] = -100
+    return [Row(*row) for row in zip(tokens, target, bounds, strict=True)]
 
 
-def head_of(config):
-    def head(hidden_TD, weight_VD, target_T):
-        return linear_cross_entropy(hidden_TD, weight_VD, target_T, reduction="sum", softcap=config.logit_softcap)
+class Rank:
+    """This rank's stages of a decoder, and the losses that its head made."""
 
-    return head
+    def __init__(self, config_name: str, schedule: str, stages_per_rank: int):
+        config, self.rows, self.losses = CONFIGS[config_name], rows(), []
+        self.decoder, self.softcap, group = build(config), config.logit_softcap, dist.group.WORLD
+        self.stages = pipeline.split(self.decoder, group, schedule, stages_per_rank)
+        self.hidden = torch.empty(1, NUM_TOKENS, config.width, dtype=torch.float64)
+        self.runner = pipeline.Pipeline(self.stages, group, schedule, NUM_ROWS, self.hidden)
+        held = [pipeline.stages_of(schedule, rank, group.size(), len(self.stages)) for rank in range(group.size())]
+        owner = {stage: rank for rank, stages in enumerate(held) for stage in stages}
+        self.owners = [owner[stage] for stage in sorted(owner)]
+
+    def head(self, index, hidden_TD, weight_VD):
+        target = self.rows[index].target
+        loss = linear_cross_entropy(hidden_TD, weight_VD, target, reduction="sum", softcap=self.softcap)
+        self.losses.append(loss.item())
+        return loss
+
+    def step(self):
+        self.runner.step(self.rows, self.head)
+
+    def evaluate(self):
+        """(row, loss) of each, on the rank of the last stage."""
+        with torch.no_grad():
+            group, head = dist.group.WORLD, lambda index, *given: (index, self.head(index, *given).item())
+            return pipeline.forward(self.stages, group, self.rows, head, self.hidden, self.owners)
+
+
+def total(value: float) -> float:
+    x = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(x)
+    return x.item()
+
+
+def largest(value: float) -> float:
+    x = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.item()
+
+
+def worst(decoder, truth) -> float:
+    """The largest error of a gradient, over all ranks' parameters."""
+    norm = torch.stack([p.grad.norm() for p in truth.values()]).norm()
+    errors = [0.0]
+    for name, parameter in decoder.named_parameters():
+        d = truth[name].grad
+        errors.append(((parameter.grad - d).norm() / d.norm().clamp(min=1e-6 * norm)).item())
+    return largest(max(errors))
 
 
 def compare(name):
-    """(error of the loss, largest error of a gradient of this rank's)."""
+    """Errors, over all ranks, of the loss, of what is evaluated, and of gradients before and after tied ones are added up."""
     config_name, stages_per_rank = CASES[name]
-    config, whole = CONFIGS[config_name], build(CONFIGS[config_name])
-    given, head = batch(), head_of(config)
-    expected = 0.0
-    for m in range(NUM_MICROBATCHES):
+    schedule, config, whole = name.partition(",")[0], CONFIGS[config_name], build(CONFIGS[config_name])
+    expected = []
+    for row in rows():
 
-        def whole_head(hidden_BSD, weight_VD, m=m):
-            return head(hidden_BSD[0], weight_VD, given.target[m])
+        def head(hidden_BSD, weight_VD, target=row.target):
+            softcap = config.logit_softcap
+            return linear_cross_entropy(hidden_BSD[0], weight_VD, target, reduction="sum", softcap=softcap)
 
-        loss = whole(given.tokens[m : m + 1], cu_seqlens=given.cu_seqlens[m], head=whole_head)
+        loss = whole(row.tokens[None], cu_seqlens=row.cu_seqlens, head=head)
         loss.backward()
-        expected += loss.item()
-    decoder = build(config)
-    schedule = name.partition(",")[0]
-    runner = Pipeline(
-        decoder, dist.group.WORLD, head, schedule=schedule, num_microbatches=NUM_MICROBATCHES, stages_per_rank=stages_per_rank
-    )
-    loss = runner.step(given)
-    dist.all_reduce(loss)
-    mine = {id(p) for module in runner.modules for p in module.parameters()}
-    truth = dict(whole.named_parameters())
-    norm = torch.stack([p.grad.norm() for p in truth.values()]).norm()
-    errors, seen = [0.0], torch.zeros(len(truth))
-    for index, (key, parameter) in enumerate(decoder.named_parameters()):
-        if id(parameter) in mine:
-            seen[index] += 1
-            d = truth[key].grad
-            errors.append(((parameter.grad - d).norm() / d.norm().clamp(min=1e-6 * norm)).item())
-        else:
-            assert parameter.grad is None
-    worst = torch.tensor(max(errors))
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    dist.all_reduce(seen)
-    assert (seen >= 1).all(), "a parameter is on no rank"
-    return {"loss": abs(loss.item() - expected) / abs(expected), "gradients": worst.item()}
+        expected.append(loss.item())
+    rank = Rank(config_name, schedule, stages_per_rank)
+    evaluated = rank.evaluate()
+    assert [index for index, _ in evaluated] in ([], list(range(NUM_ROWS)))
+    of_rows = [abs(loss - expected[index]) / expected[index] for index, loss in evaluated]
+    assert total(len(of_rows)) == NUM_ROWS
+    rank.losses.clear()
+    rank.step()
+    loss, truth = total(sum(rank.losses)), dict(whole.named_parameters())
+    here = dict(rank.decoder.named_parameters())
+    held = torch.tensor([float(key in here) for key in truth])
+    dist.all_reduce(held)
+    assert (held >= 1).all(), "a parameter is on no rank"
+    before = worst(rank.decoder, truth)
+    for key, count in zip(truth, held.tolist(), strict=True):
+        if count > 1:
+            assert key == "embed_tokens.weight" and count == 2 and config.tie_embeddings
+            part = here[key].grad if key in here else torch.zeros_like(truth[key])
+            dist.all_reduce(part)
+    return {
+        "loss": abs(loss - sum(expected)) / abs(sum(expected)),
+        "evaluated": largest(max(of_rows, default=0.0)),
+        "gradients": worst(rank.decoder, truth),
+        "apart": before,
+    }
 
 
 def products(schedule: str) -> int:
     """Of one step on this rank, two stages each: splitting a backward in two must not make any product twice."""
-    config = CONFIGS["tied"]
-    runner = Pipeline(
-        build(config),
-        dist.group.WORLD,
-        head_of(config),
-        schedule=schedule,
-        num_microbatches=NUM_MICROBATCHES,
-        stages_per_rank=2,
-    )
-    runner.step(batch())  # the first step also settles shapes
+    rank = Rank("tied", schedule, 2)
+    rank.step()  # the first step also settles shapes
     with Products() as counted:
-        runner.step(batch())
+        rank.step()
     return counted.count
 
 
@@ -110,12 +154,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     cases = CASES if size == 2 else {name: case for name, case in CASES.items() if case[1] == 1}
-    found = {name: compare(name) for name in cases}
-    plain = Pipeline._add_tied_gradients
-    Pipeline._add_tied_gradients = lambda self: None
-    removed = compare("gpipe")
-    Pipeline._add_tied_gradients = plain
-    results = {"errors": found, "without tied gradients": removed}
+    results = {"errors": {name: compare(name) for name in cases}}
     if size == 2:
         results["products"] = {schedule: products(schedule) for schedule in ("interleaved", "zero_bubble")}
     if dist.get_rank() == 0:
