@@ -85,7 +85,7 @@ class Line:
             scoring = evaluate.EvaluateStageConfig(
                 **self.config.evaluate.model_dump(), model=str(path), text=[str(self.data / "held_out.jsonl")],
                 tasks=[str(self.data / "held_out_tasks.jsonl")], stage=stage, seed=self.config.seed,
-                parallel=self.config.parallel,
+                precision=settings.precision, parallel=self.config.parallel,
             )  # fmt: skip
             score = self.timed("evaluate", lambda: evaluate.main(scoring, self.run, self.mesh))
             if self.mesh.is_first:
@@ -104,7 +104,7 @@ class Line:
 
     def _sample_pairs(self, start: Path, path: Path) -> None:
         begin = start_from(start, self.mesh)
-        model = frozen(begin, self.mesh, self.config.parallel, "fp32")
+        model = frozen(begin, self.mesh, self.config.parallel, self.config.preference.precision)
         prompts = read_prompts([self.data / "rl.jsonl"], begin.tokenizer)
         generator = generator_of(self.config.seed, "preference", "sample")
         records = sample_pairs(model, begin.tokenizer, prompts, self.config.pairs, self.config.evaluate, generator)

@@ -82,7 +82,7 @@ def choose(candidates: list[dict[str, Any]], config: ReleaseConfig) -> tuple[str
     if not smaller:
         return best["stage"], f"best accuracy, {best['score']:.3f}, among the stages without a regression beyond the limits"
     chosen = min(smaller, key=lambda entry: (entry["parameters"], -entry["score"]))
-    share = chosen["score"] / best["score"]
+    share = chosen["score"] / best["score"] if best["score"] else 1.0  # all of nothing
     return chosen["stage"], (
         f"{chosen['parameters'] / best['parameters']:.0%} of the parameters of {best['stage']} at {share:.0%} of its accuracy"
         f" ({chosen['score']:.3f} against {best['score']:.3f})"

@@ -32,6 +32,11 @@ def test_nothing_is_released_when_everything_regressed():
     assert choose([entry("rl", 0.8, 100, allowed=False)], ReleaseConfig()) == (None, "no stage passes the regression limits")
 
 
+def test_models_without_a_single_right_answer_are_compared_too():
+    chosen, reason = choose([entry("rl", 0.0, 100), entry("distill", 0.0, 50)], ReleaseConfig())
+    assert chosen == "distill" and "100% of its accuracy (0.000 against 0.000)" in reason
+
+
 def test_regressions_are_named():
     scores = {"pretrain": score("pretrain", 0.0), "sft": score("sft", 0.5, sorting=0.6, addition=0.4)}
     config = ReleaseConfig(max_bits_per_byte_increase=0.5, max_family_loss=0.1)
