@@ -13,7 +13,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -99,19 +100,41 @@ def held_bytes(device: torch.device) -> int:
 
 
 def resident_peak_mib(function: Callable[[], object]) -> float | None:
-    """The most resident memory of a call beyond what was resident before it; None where Linux does not let a process ask.
-
-    The heap's free pages go back first, so that what a call reuses counts.
-    """
-    try:
+    """The most resident memory of a call, after one to warm up, beyond what was resident before it."""
+    function()
+    with memory_watch(torch.device("cpu")) as watch:
         function()
+    return watch.peak_mib
+
+
+class MemoryWatch:
+    """The most memory held meanwhile beyond what was held at the start: the CUDA allocator's, on a CPU resident pages (None
+    where Linux does not let a process ask)."""
+
+    peak_mib: float | None = None
+
+
+@contextmanager
+def memory_watch(device: torch.device) -> Iterator[MemoryWatch]:
+    watch = MemoryWatch()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield watch
+        torch.cuda.synchronize()
+        watch.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return
+    try:
+        # The heap's free pages go back first, so that what is reused counts.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    function()
-    return max(0.0, (_status("VmHWM") - before) / 2**10)
+        yield watch
+        return
+    resident = _status("VmRSS")
+    yield watch
+    watch.peak_mib = max(0.0, (_status("VmHWM") - resident) / 2**10)
 
 
 def _status(field: str) -> int:

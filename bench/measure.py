@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .machine import cache_bytes, held_bytes, machine_of, resident_peak_mib
+from .machine import cache_bytes, held_bytes, machine_of, memory_watch
 from .rows import RESULTS, BadResults, Bench, Results, load, path_of, save
 from .rows import Row as Row  # benches that run by themselves take it from here
 from .telemetry import Telemetry
@@ -364,16 +364,11 @@ def _gpu_milliseconds(function: Callable[[], Any]) -> float:
 
 
 def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory a call held beyond what was held before it: the allocator's, on a CPU the process's resident pages."""
-    if device.type != "cuda":
-        return resident_peak_mib(function)
+    """The most memory a call held beyond what was held before it, after one call to warm up."""
     function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with memory_watch(device) as watch:
+        function()
+    return watch.peak_mib
 
 
 def host_microseconds(function: Callable[[], Any], device: torch.device) -> float | None:

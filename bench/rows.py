@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Bench:
-    """How one bench ended: "running", "complete" or "failed: ..."."""
+    """How one bench ended: "running", "complete", "interrupted", "failed: …" or "left out: …"."""
 
     ended: str
     is_quick: bool

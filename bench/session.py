@@ -7,40 +7,57 @@ Expect  an item fails if ours does not run, or is further from fp64 than it may 
 from __future__ import annotations
 
 import gc
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .measure import Case, Report, measure
+from .measure import Report
 from .profile import profile
+from .rows import Row
 from .telemetry import Telemetry
 
 
 class Plan:
     """What a run of pytest is to measure; a plugin, which makes the items."""
 
-    def __init__(self, report: Report, telemetry: Telemetry, cases: list[Case], seconds: float, profiled: str | None = None):
-        self.report, self.telemetry, self.cases, self.seconds, self.profiled = report, telemetry, cases, seconds, profiled
+    def __init__(
+        self,
+        report: Report,
+        telemetry: Telemetry,
+        cases: Callable[[], list[Any]],
+        seconds: float,
+        measure: Callable[..., list[Row]],
+    ):
+        self.report, self.telemetry, self.cases, self.seconds, self.measure = report, telemetry, cases, seconds, measure
+        self.profiled: str | None = None
         self.failures: list[str] = []
+        self.num_cases = 0
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        metafunc.parametrize("work", [(self, case) for case in self.cases], ids=[case.name for case in self.cases])
+        cases = self.cases()
+        self.num_cases = len(cases)
+        metafunc.parametrize("work", [(self, case) for case in cases], ids=[case.name for case in cases])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
             reason = report.longreprtext.strip().splitlines()[-1].removeprefix("E ").strip()
-            self.failures.append(f"{report.nodeid.partition('::')[2]}: {reason}")
+            self.failures.append(f"{report.nodeid.partition('::')[2]}: {reason}".removeprefix(": "))
+
+    pytest_collectreport = pytest_runtest_logreport  # where the cases cannot be made at all
 
 
-def bench_case(work: tuple[Plan, Case], benchmark: Any) -> None:
+def bench_case(work: tuple[Plan, Any], benchmark: Any) -> None:
     plan, case = work
     if plan.profiled is not None:
-        profile(case, plan.report, plan.profiled)
+        benchmark.pedantic(profile, args=(case, plan.report, plan.profiled))
         return
-    rows = measure(case, benchmark, plan.report, plan.telemetry, plan.seconds)
+    rows = plan.measure(case, benchmark, plan.report, plan.telemetry, plan.seconds)
     benchmark.extra_info["rows"] = [row.key for row in rows]
     # Every case compiles anew: torch.compile falls back to eager after some recompilations of one function.
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if plan.report.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import torch
 from . import session
 from .compare import compare
 from .machine import ceilings
-from .measure import Case, Report
+from .measure import Case, Report, measure
 from .rows import RESULTS, BadResults, load, save
 from .session import Plan
 from .table import table
@@ -32,7 +33,7 @@ KERNELS = (
     "logit_block", "linear_logprob", "linear_divergence", "policy_loss", "preference_loss", "attention", "rms_norm", "rope",
     "swiglu", "adamw",
 )  # fmt: skip
-STAGES: tuple[str, ...] = ()
+STAGES = ("pretrain", "sft", "preference", "rl", "distill")
 SECONDS = {("cpu", True): 0.1, ("cpu", False): 0.25, ("cuda", True): 0.2, ("cuda", False): 1.0}
 PYTEST = (
     "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-p", "no:cacheprovider", "--import-mode=importlib", "-q", "-s",
@@ -77,9 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"absent: telemetry and energy: {telemetry.absent}")
     failed = []
     for name in chosen:
-        if not run(name, report, telemetry, arguments):
+        ended = run(name, report, telemetry, arguments)
+        if ended.startswith(("failed", "interrupted")):
             failed.append(name)
-        if report.results.benches[name].ended == "interrupted":
+        if ended == "interrupted":
             break
     if arguments.profile is not None:
         return int(bool(failed))
@@ -94,32 +96,55 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> bool:
-    """One bench; whether it ran to its end with every check passed."""
+def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> str:
+    """One bench; how it ended, as in `rows.Bench`."""
     is_quick, device, started = arguments.quick, report.device, time.monotonic()
     if arguments.profile is None:
         report.start(name, is_quick)
     report.bench = name
     print(f"\n== {name}", flush=True)
-    cases = list(importlib.import_module(f".{name}", __package__).cases(device, is_quick))
-    if device.type == "cpu":
-        compile_once(cases)
-    plan = Plan(report, telemetry, cases, SECONDS[device.type, is_quick], arguments.profile)
+    try:
+        module = module_of(name)
+    except ModuleNotFoundError as error:  # a bare machine has what the kernels need, and not what the stages need
+        return _left_out(report, f"{error}; install the package")
+    if name in STAGES and arguments.profile is not None:
+        return _left_out(report, "a stage is traced by `warpline profile`")
+
+    def cases() -> list[Any]:
+        found = list(module.cases(device, is_quick))
+        return compile_once(found) if device.type == "cpu" and name in KERNELS else found
+
+    plan = Plan(report, telemetry, cases, SECONDS[device.type, is_quick], getattr(module, "measure_case", measure))
+    plan.profiled = arguments.profile
     code = pytest.main([*PYTEST, str(session.__file__)], plugins=[plan])
     ended = "complete" if code == 0 else "interrupted" if code == pytest.ExitCode.INTERRUPTED else "failed"
     if plan.failures:
-        ended = f"failed: {len(plan.failures)} of {len(cases)}: {plan.failures[0]}"
+        ended = f"failed: {len(plan.failures)} of {plan.num_cases}: {plan.failures[0]}"
     if arguments.profile is None:
         report.end(ended, time.monotonic() - started)
-    return code == 0
+    return ended
 
 
-def compile_once(cases: list[Case]) -> None:
+def module_of(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _left_out(report: Report, reason: str) -> str:
+    """Says that a bench did not run, and why; that is no failure."""
+    print(f"left out: {report.bench}: {reason}")
+    ended = f"left out: {reason}"
+    if report.bench in report.results.benches:
+        report.end(ended, 0.0)
+    return ended
+
+
+def compile_once(cases: list[Case]) -> list[Case]:
     """torch.compile at one shape of each operation: on a CPU a compilation takes longer than all the rows of a case."""
     last = {case.operation: case for case in cases}
     for case in cases:
         if case is not last[case.operation] and case.candidates.pop("torch.compile", None) is not None:
             case.absent = {**case.absent, "torch.compile at other shapes": "on a CPU it is compiled for one shape an operation"}
+    return cases
 
 
 def pictures(path: Path) -> list[Path]:

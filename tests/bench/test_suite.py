@@ -1,0 +1,108 @@
+"""The command: names, what a failing case does to its bench and the exit code, and a trace for any row."""
+
+import gzip
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from warpline.bench import suite
+from warpline.bench.measure import Candidate, Case
+from warpline.bench.rows import load
+from warpline.bench.suite import KERNELS, STAGES, compile_once, main
+
+
+def square_case(error: float = 0.0, operation: str = "square", size: int = 64) -> Case:
+    return Case(
+        operation, {"R": size}, torch.float32, lambda generator: {"x": torch.randn(size, generator=generator)},
+        {"warpline": Candidate(lambda x: x["x"].square() + error), "eager": Candidate(lambda x: x["x"] * x["x"])},
+        lambda x, dtype: [x["x"].to(dtype).square()],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def with_bench(monkeypatch):
+    """Puts cases in the place of the bench `rope`, and takes no time."""
+
+    def use(*cases: Case) -> None:
+        module = types.SimpleNamespace(cases=lambda device, is_quick: iter(cases))
+        monkeypatch.setattr(suite, "module_of", lambda name: module)
+        monkeypatch.setattr(suite, "SECONDS", dict.fromkeys(suite.SECONDS, 0.001))
+        monkeypatch.setattr(suite, "ceilings", lambda device: None)
+
+    return use
+
+
+def test_a_bench_that_passes_is_complete_and_exits_0(tmp_path, capsys, with_bench):
+    with_bench(square_case())
+    assert main(["rope", "--no-pictures", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/*.json")
+    results = load(path)
+    assert results.benches["rope"].ended == "complete" and [row.check for row in results.rows] == ["passed", "passed"]
+    assert "square   R=64   float32" in capsys.readouterr().out
+
+
+def test_a_check_of_ours_that_fails_fails_the_bench_and_keeps_the_other_cases(tmp_path, capsys, with_bench):
+    with_bench(square_case(0.1, "wrong"), square_case())
+    assert main(["rope", "--no-pictures", "--out", str(tmp_path)]) == 1
+    results = load(next(tmp_path.glob("*/*.json")))
+    assert results.benches["rope"].ended.startswith("failed: 1 of 2: bench_case[wrong [R=64]]: AssertionError: wrong [R=64]:")
+    assert len(results.rows) == 4 and "refused" in capsys.readouterr().out
+
+
+def test_cases_that_cannot_be_made_fail_the_bench(tmp_path, monkeypatch, with_bench):
+    with_bench()
+    broken = types.SimpleNamespace(cases=lambda device, is_quick: [][0])
+    monkeypatch.setattr(suite, "module_of", lambda name: broken)
+    assert main(["rope", "--no-pictures", "--out", str(tmp_path)]) == 1
+    assert "IndexError" in load(next(tmp_path.glob("*/*.json"))).benches["rope"].ended
+
+
+def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, capsys, monkeypatch, with_bench):
+    with_bench()
+
+    def refuse(name):
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    monkeypatch.setattr(suite, "module_of", refuse)
+    assert main(["sft", "--no-pictures", "--out", str(tmp_path)]) == 0
+    assert "left out: sft: No module named 'pydantic'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench):
+    with_bench(square_case(), square_case(operation="other"))
+    assert main(["rope", "--profile", "square [R=64] eager", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/profile/*")
+    assert path.name == "rope-square-r-64-eager.trace.json.gz"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {"call 0", "call 2", "aten::mul"} <= {event.get("name") for event in events}
+
+
+def test_a_cpu_compiles_one_shape_of_an_operation():
+    cases = [square_case(size=size) for size in (8, 16)] + [square_case(operation="other")]
+    for case in cases:
+        case.candidates["torch.compile"] = Candidate(torch.square)
+    compile_once(cases)
+    assert ["torch.compile" in case.candidates for case in cases] == [False, True, True]
+    assert "one shape" in cases[0].absent["torch.compile at other shapes"]
+
+
+def test_an_unknown_bench_is_refused_with_the_choice(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ropes"])
+    assert ended.value.code == 2
+    words = capsys.readouterr().err
+    assert "received bench 'ropes'; expected" in words and all(name in words for name in (*KERNELS, *STAGES))
+
+
+def test_the_verb_hands_everything_on_and_its_exit_code_back():
+    done = subprocess.run(
+        [sys.executable, "-m", "warpline.stages.command", "bench", "--compare", "a.json", "b.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "No such file" in done.stderr
