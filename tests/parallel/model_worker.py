@@ -109,10 +109,12 @@ def run(config, sizes, techniques):
     fill(model, dict(build(config).named_parameters()))
     steps = [step(model, mesh, given) for given in (rows(), rows()[:1])]
     totals = model.totals(mesh.share(rows()), lambda *seen: head(*seen).numbers, 2)
-    prompts = mesh.deal([[1 + i, 5, 9, i][: 2 + i % 3] for i in range(5)], *Sizes._fields)
-    with WholeDecoder(model, meta[1]) as whole:
-        greedy = generate(whole, prompts, max_new_tokens=6, end_ids=(3,), temperature=0.0)
-    completions = mesh.gather([completion.ids for completion in greedy], *Sizes._fields)
+    completions = []
+    for count in (5, 1):  # one prompt leaves the other ranks none
+        prompts = mesh.deal([[1 + i, 5, 9, i][: 2 + i % 3] for i in range(count)], *Sizes._fields)
+        with WholeDecoder(model, meta[1]) as whole:
+            greedy = generate(whole, prompts, max_new_tokens=6, end_ids=(3,), temperature=0.0)
+        completions += mesh.gather([completion.ids for completion in greedy], *Sizes._fields)
     return steps, completions, totals
 
 
