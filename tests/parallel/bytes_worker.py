@@ -30,7 +30,7 @@ from warpline.parallel.model import Loss, ParallelModel, Techniques
 CONFIG = DecoderConfig(
     vocab_size=40, width=16, num_layers=4, num_heads=4, num_kv_heads=2, head_width=8, mlp_width=24, tie_embeddings=True
 )
-NUM_TOKENS, NUM_ROWS, NUM_COUNTED, NUM_SEQUENCES = 32, 8, 24, 3
+NUM_TOKENS, NUM_ROWS, NUM_COUNTED, NUM_SEQUENCES = 32, 4, 24, 3
 
 
 def layouts(size: int) -> dict[str, tuple[Sizes, Techniques]]:
@@ -42,16 +42,17 @@ def layouts(size: int) -> dict[str, tuple[Sizes, Techniques]]:
         "FSDP": (Sizes(shard=size), Techniques()),
         "FSDP, gathered in bf16": (Sizes(shard=size), Techniques(gather_dtype=torch.bfloat16)),
         "FSDP, recomputed": (Sizes(shard=size), Techniques(recompute="full")),
-        "1f1b": (Sizes(pipeline=size), Techniques()),
-        "gpipe": (Sizes(pipeline=size), Techniques(schedule="gpipe")),
     }
     if size == 2:
-        for name in ("interleaved", "zero_bubble", "zbv"):
-            found[name] = Sizes(pipeline=2), Techniques(schedule=name, stages_per_rank=2)
+        for name in ("gpipe", "interleaved", "zero_bubble", "zbv"):
+            found[name] = Sizes(pipeline=2), Techniques(schedule=name, stages_per_rank=1 if name == "gpipe" else 2)
     else:
         found["HSDP"] = Sizes(replicate=2, shard=2), Techniques()
         found["pipeline and tensor"] = Sizes(pipeline=2, tensor=2), Techniques()
         found["FSDP and tensor"] = Sizes(shard=2, tensor=2), Techniques()
+    # The last: of four ranks two alone make the group of the tied embedding, and torch names every later group by how many its
+    # rank has.
+    found["1f1b"] = Sizes(pipeline=size), Techniques()
     return found
 
 

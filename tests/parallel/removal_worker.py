@@ -30,7 +30,7 @@ from warpline.parallel.model import Loss, ParallelModel, Techniques
 TIED, GEMMA = CONFIGS["tied"], CONFIGS["Gemma with sinks"]
 WANTED = {
     2: {"tp2": GEMMA, "cp2 ring": GEMMA, "cp2 ulysses": TIED, "fsdp2": TIED, "dp2": TIED, "pp2 1f1b": TIED, "losses": TIED},
-    4: {"hsdp2x2": TIED, "tp2 cp2": GEMMA, "pp2 fsdp2": TIED, "pp2 tp2": TIED},
+    4: {"hsdp2x2": TIED, "tp2 cp2": GEMMA},
 }
 NUM_ROWS, ALONE = 4, Sizes()
 

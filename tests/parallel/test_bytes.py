@@ -52,7 +52,7 @@ def test_ranks_send_the_bytes_of_the_tables(num_ranks):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    assert len(result["counts"]) == 12
+    assert len(result["counts"]) == (12 if num_ranks == 2 else 11)
     for layout, (seen, dispatched) in result["counts"].items():
         assert seen == dispatched and sum(seen.values()) > 0, layout
     wrong, unmeasured = [], []

@@ -48,7 +48,7 @@ def test_a_removed_collective_is_missed(num_ranks):
     result = json.loads(done.stdout)
     assert result["unlisted"] == []
     whole = {layout: errors.pop("") for layout, errors in result["errors"].items()}
-    assert len(whole) == (7 if num_ranks == 2 else 4) and max(whole.values()) < 1e-9
+    assert len(whole) == (7 if num_ranks == 2 else 2) and max(whole.values()) < 1e-9
     unmissed = [
         (layout, name) for layout, errors in result["errors"].items() for name, error in errors.items() if error <= 1e-6
     ]
