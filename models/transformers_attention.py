@@ -4,9 +4,10 @@ Use       register(); model = AutoModelForCausalLM.from_pretrained(name, attn_im
 Shapes    transformers hands over q [B, N, S, H], k and v [B, K, S', H], takes [B, S, N, H'] back; grouped heads stay grouped.
 Masks     transformers describes a mask by functions of (query, key), and has it built once per forward and kind of layer. Ours
           holds no [S, S'] matrix. It is None where the last query sees the last key and no row is padded or packed; else int32
-          [1, 1, 3, num_sequences + 1] (four dimensions: transformers hands those on as they are): the boundaries of queries and
-          of keys in [B·S] and [B·S'], and each sequence's query offset; without that third row it is not causal. A padded row
-          is three sequences, what precedes its tokens, the tokens, and what follows, so that nothing is gathered.
+          [1, 1, rows, num_sequences + 1] (four dimensions: transformers hands those on as they are): one row, the boundaries of
+          queries and keys in [B·S]; three rows, those of queries, those of keys in [B·S'], and each sequence's query offset;
+          two rows, without the offsets, where nothing is causal. A padded row of a batch is three sequences, what precedes its
+          tokens, the tokens, and what follows, so that nothing is gathered.
 Reads     on a GPU a padding mask is read once per mask, as transformers reads it for its own, to refuse holes; packed
           position_ids are read once, to count the documents. Compiled, a padding mask is not read, and holes pass unseen;
           without one, or with a window, the graph breaks where the mask is made.
@@ -137,9 +138,10 @@ def _padded_bounds(is_token_BR: Tensor, num_queries: int, offset: int | Tensor, 
     query_B3 = (key_B3 - offset).clamp(0, num_queries)
     query_B3[:, 0] = 0
     row_B1 = torch.arange(batch, device=first_B.device)[:, None]
-    starts = [query_B3 + row_B1 * num_queries, key_B3 + row_B1 * num_keys]
-    if causal:
-        starts.append(query_B3 + offset - key_B3)
+    starts = [query_B3 + row_B1 * num_queries]
+    if not causal or not isinstance(offset, int) or offset != 0 or num_queries != num_keys:
+        starts.append(key_B3 + row_B1 * num_keys)
+        starts += [query_B3 + offset - key_B3] if causal else []
     ends = torch.tensor([batch * num_queries, batch * num_keys, 0], device=first_B.device)
     return torch.cat([torch.stack([x.flatten() for x in starts]), ends[: len(starts), None]], 1).int()[None, None]
 
@@ -147,14 +149,7 @@ def _padded_bounds(is_token_BR: Tensor, num_queries: int, offset: int | Tensor, 
 def _packed_bounds(document_BS: Tensor) -> Tensor:
     """A sequence wherever the document's number changes, and at every row's beginning."""
     is_first_T = F.pad(document_BS[:, 1:] != document_BS[:, :-1], (1, 0), value=True).flatten()
-    num_tokens = is_first_T.numel()
-    if torch.compiler.is_compiling():  # as many sequences as tokens, most of them empty: no size depends on the data
-        token_T = torch.arange(num_tokens, device=is_first_T.device)
-        start_B = torch.where(is_first_T, token_T, num_tokens).sort().values
-    else:
-        start_B = is_first_T.nonzero()[:, 0]
-    cu_seqlens = F.pad(start_B, (0, 1), value=num_tokens).int()
-    return torch.stack([cu_seqlens, cu_seqlens, torch.zeros_like(cu_seqlens)])[None, None]
+    return F.pad(is_first_T.nonzero()[:, 0], (0, 1), value=is_first_T.numel()).int()[None, None, None]
 
 
 # ---- The attention of a layer ----
@@ -163,9 +158,11 @@ def _packed_bounds(document_BS: Tensor) -> Tensor:
 def _packed_arguments(bounds: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `attention` needs of packed rows, from the mask, else from the varlen keywords of transformers."""
     if bounds is not None:
-        cu, cu_k = bounds[0, 0, 0], bounds[0, 0, 1]
-        offset = bounds[0, 0, 2, :-1] if bounds.shape[2] == 3 else torch.zeros_like(cu[:-1])
-        return {"cu_seqlens": cu, "cu_seqlens_k": cu_k, "query_offset": offset, "causal": bounds.shape[2] == 3}
+        queries, *rest = bounds[0, 0]
+        if not rest:
+            return {"cu_seqlens": queries, "causal": True}
+        offset = torch.zeros_like(queries[:-1]) if len(rest) == 1 else rest[1][:-1]
+        return {"cu_seqlens": queries, "cu_seqlens_k": rest[0], "query_offset": offset, "causal": len(rest) == 2}
     queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if queries is None:
         return {}
