@@ -58,14 +58,16 @@ def save(folder, step, value, keep=2, describe=describe):
 
 
 def test_what_changes_after_save_returned_is_not_in_the_file_and_one_save_at_a_time(tmp_path):
-    training, saver, may_end = torch.zeros(4), Saver(None), threading.Event()
+    training, saver, began, may_end = torch.zeros(4), Saver(None), threading.Event(), threading.Event()
 
     def wait_for_training(folder: Path) -> None:
+        began.set()
         assert may_end.wait(30)
         describe(folder)
 
     saver.save(tmp_path, 1, files_of(training), wait_for_training, keep=2)
     training.fill_(1)
+    assert began.wait(30)
     assert not checkpoints(tmp_path) and len(list(tmp_path.glob("step-1.tmp-*"))) == 1
     threading.Timer(0.2, may_end.set).start()
     saver.save(tmp_path, 2, files_of(training), describe, keep=2)  # returns once the first is published
@@ -75,7 +77,9 @@ def test_what_changes_after_save_returned_is_not_in_the_file_and_one_save_at_a_t
     assert [value_of(path) for path in checkpoints(tmp_path)] == [[1.0] * 4, [0.0] * 4]
     assert [path.name for path in tmp_path.iterdir() if "." in path.name] == []
     saver.wait()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    for thread in (thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")):
+        thread.join(30)  # ends by itself, without another save
+        assert not thread.is_alive()
 
 
 def test_the_newest_are_kept_by_number(tmp_path):
