@@ -1,7 +1,7 @@
 """What is here: the machine, versions and GPUs, for every operation with several implementations which of them would run, and
 whether a GPU is bad.
 
-Run     warpline doctor        [torchrun --nnodes N --nproc-per-node 8 --no-python warpline doctor]
+Run     warpline doctor        [torchrun --nnodes N --nproc-per-node 8 --no-python -- warpline doctor]
 Reads   nothing but the machine
 Writes  standard output, as wide as the terminal
 Expect  a package counts as here if its distribution is installed and really imports; without a GPU the answers are for the CPU.

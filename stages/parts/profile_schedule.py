@@ -143,11 +143,12 @@ def draw_text(placed: Sequence[Sequence[Placed]], width: int = 80) -> str:
                 cells[column] = symbol
         lines.append(f"rank {rank:<3}{''.join(cells)}")
     kinds = {item.action.kind for row in placed for item in row}
-    legend = ["0–9 forward of that microbatch", "a–j its backward" if "I" not in kinds else "a–j its input's gradient"]
-    legend += ["A–J its weights' gradient"] * ("W" in kinds) + ["· idle"]
-    if "B" in kinds and "I" in kinds:
-        legend[1] = "a–j its input's gradient (2 wide: both)"
-    lines.append("; ".join(legend) + ("" if shown == whole else f"; the first {shown} of {whole}"))
+    legend = ["0–9 forward of a microbatch", "a–j its backward"]
+    if "I" in kinds:
+        legend[1:] = [f"a–j input's gradient{' (2 wide: both)' if 'B' in kinds else ''}", "A–J weights'"]
+    lines.append(", ".join([*legend, "· idle"]))
+    if shown < whole:
+        lines.append(f"the first {shown} of {whole}")
     return "\n".join(lines)
 
 

@@ -91,8 +91,8 @@ def run_point(point: Point, arguments: Sequence[str], folder: Path) -> Path:
     """Profile it in a folder of its own; what it says goes to `output.txt` there."""
     path = folder / point.name
     path.mkdir(parents=True, exist_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.num_ranks)]
-    command = [sys.executable, *torchrun, "-m", "warpline.stages.command", "profile", *arguments, *point.overrides]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.num_ranks), "-m", "--"]
+    command = [sys.executable, *torchrun, "warpline.stages.command", "profile", *arguments, *point.overrides]
     log = folder / f"{point.name}.txt"
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run([*command, "--run", str(path)], stdout=file, stderr=subprocess.STDOUT, check=False)
