@@ -1,10 +1,15 @@
 import json
 import math
+from functools import partial
 
 import pytest
+import torch
 
+from warpline.data.conversation import read_preferences
+from warpline.data.packing import pack
+from warpline.stages.parts.checkpoint import load_start
 from warpline.stages.parts.config import OptimizerConfig
-from warpline.stages.preference import LOSSES
+from warpline.stages.preference import LOSSES, PreferenceConfig, pair_loss, sequence_logprobs
 
 
 def lines_of(folder):
@@ -35,11 +40,6 @@ def test_microbatches_never_split_a_pair_and_change_nothing_but_rounding(stage_r
 
 def test_the_sft_term_is_the_chosen_completions_mean_nll(stage_runner, tmp_path, pair_file, start_folder):
     """A first step with the term, minus one without, is weight × mean over pairs of the NLL per chosen token."""
-    import torch
-
-    from warpline.data.conversation import read_preferences
-    from warpline.stages.parts.checkpoint import load_start
-
     for name, weight in (("with", 0.5), ("without", 0.0)):
         stage_runner("preference", tmp_path / name, steps=1, sft_weight=weight, tokens_per_step=100_000)
     decoder, tokenizer = load_start(start_folder, torch.device("cpu"))
@@ -52,6 +52,42 @@ def test_the_sft_term_is_the_chosen_completions_mean_nll(stage_runner, tmp_path,
         means.append(-sum(chosen) / len(chosen))
     added = lines_of(tmp_path / "with")[0]["loss"] - lines_of(tmp_path / "without")[0]["loss"]
     assert added == pytest.approx(0.5 * sum(means) / len(means), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm"])
+def test_a_row_of_pairs_has_the_loss_the_margins_and_the_gradient_of_its_pairs_apart(
+    loss, pair_file, tiny_decoder, model_of, tokenizer
+):
+    """Three pairs in two rows, against a reference of other weights: −log σ(β·(chosen − rejected log-ratio)), with plain
+    torch."""
+    policy = model_of(tiny_decoder.double(), "fp64")
+    with torch.no_grad():
+        tiny_decoder.norm.weight *= 1.2
+    reference = model_of(tiny_decoder, "fp64")
+    pairs = read_preferences([pair_file], tokenizer, None)[:3]
+    rows = [pack([sequence for pair in part for sequence in (pair.chosen, pair.rejected)]) for part in (pairs[:2], pairs[2:])]
+    config = PreferenceConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1.0), tokens_per_step=1, loss=loss, beta=0.5)
+    frozen_logprobs = reference.evaluate(rows, sequence_logprobs)
+    sums = policy.accumulate(rows, partial(pair_loss, config, frozen_logprobs, 3), 3)
+    received = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.decoder.zero_grad()
+
+    def logprob(model, sample):
+        ids = torch.tensor(sample.ids)
+        logprobs = (model.decoder(ids[None])[0] @ model.decoder.output_weight.T).log_softmax(-1)[:-1]
+        chosen = logprobs.gather(1, ids[1:, None])[:, 0][torch.tensor(sample.supervised[1:])]
+        return chosen.mean() if loss == "dpo_norm" else chosen.sum()
+
+    margins = []
+    for pair in pairs:
+        ratios = [logprob(policy, x) - logprob(reference, x).detach() for x in (pair.chosen, pair.rejected)]
+        margins.append(0.5 * (ratios[0] - ratios[1]))
+    losses = -torch.nn.functional.logsigmoid(torch.stack(margins))
+    losses.mean().backward()
+    expected = [losses.sum().item(), sum(margins).item(), sum(margin.item() > 0 for margin in margins)]
+    assert sums == pytest.approx(expected, rel=1e-10)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(received[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_a_pair_of_equal_answers_is_refused(stage_runner, tmp_path):
