@@ -220,7 +220,7 @@ def main() -> None:
     if device.type == "cuda":
         sizes = Sizes(32768 if is_quick else 131072, 1024, 4, 8, 1024, 4 if is_quick else 10)
     else:
-        sizes = Sizes(8192 if is_quick else 32768, 256, 2, 4, 256, 4 if is_quick else 6)
+        sizes = Sizes(8192 if is_quick else 32768, 64, 2, 4, 128, 4 if is_quick else 6)
     shape = {"V": sizes.vocab, "D": sizes.width, "B": sizes.rows, "S": sizes.tokens}
     for name in TRAINERS:
         plain, ours = (train_in_fresh_process(name, is_ours, sizes, torch.get_num_threads()) for is_ours in (False, True))
