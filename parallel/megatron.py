@@ -62,9 +62,12 @@ IGNORED = -100
 class Batch(Protocol):
     """A microbatch on the host: documents end to end, bounded by `cu_seqlens`; targets −100 do not count."""
 
-    tokens_T: Tensor
-    target_T: Tensor
-    cu_seqlens: Tensor
+    @property
+    def tokens_T(self) -> Tensor: ...
+    @property
+    def target_T(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class ParallelModel:
                 shard.recompute_layers(root, techniques.recompute)
         data = ("replicate", "context")
         self.data_group = None if self.is_sharded else mesh.group(*data)
-        if next(decoder.parameters()).is_meta:
+        if any(parameter.is_meta for parameter in decoder.parameters()):
             for module in self.roots:
                 module.to_empty(device="cpu" if techniques.offload and self.is_sharded else mesh.device)
         self.hidden_dtype = (techniques.gather_dtype if self.is_sharded else None) or dtype

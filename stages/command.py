@@ -17,9 +17,10 @@ import typer
 
 from ..data.record import BadData
 from ..models.huggingface import BadCheckpoint
+from ..parallel.checkpoint import SaveFailed
 from ..parallel.mesh import Mesh, end_mesh, start_mesh
 from ..parallel.watch import FirstFailed
-from . import data, distill, doctor, evaluate, line, preference, pretrain, profile, rl, sft
+from . import data, distill, doctor, evaluate, line, preference, pretrain, pretrain_megatron, profile, rl, sft
 from .parts.checkpoint import checkpoints, load_start, save_checkpoint
 from .parts.config import BadConfig, Config, load_config
 from .parts.progress import console
@@ -58,17 +59,29 @@ class Outcome:
             return
         reason, code = self._judge(error)
         end_mesh(self.mesh)
-        if self.run is not None and (self.run.path / "config.json").exists():
-            self.run.end(reason)
+        self._end(reason)
         if error is not None:
             raise SystemExit(code) from None
 
+    def watch(self, mesh: Mesh, run: RunFolder) -> None:
+        """A run whose end is to be told, by any rank that outlives the first."""
+        self.mesh, self.run = mesh, run
+        if mesh.watch is not None:
+            mesh.watch.last_words = RunFolder(run.path).end
+
+    def _end(self, reason: str) -> None:
+        if self.run is not None and (self.run.path / "config.json").exists():
+            self.run.end(reason)
+
     def _judge(self, error: BaseException | None) -> tuple[str, int]:
+        watch = None if self.mesh is None else self.mesh.watch
         if error is None:
             return "done", 0
         if isinstance(error, Stopped | KeyboardInterrupt):
             console.print(str(error) or "interrupted", soft_wrap=True, markup=False)
             return "signal", EXIT_STOPPED
+        if watch is not None and isinstance(error, RuntimeError | SaveFailed) and (loss := watch.lost()):
+            watch.end(loss)
         if isinstance(error, BAD_INPUT):
             print(f"warpline: {' '.join(_words(error).split())}", file=sys.stderr)
             return "bad input", EXIT_BAD_INPUT
@@ -77,12 +90,9 @@ class Outcome:
             return "non-finite", EXIT_FAILED
         if isinstance(error, FirstFailed):
             return "failed: the first rank", EXIT_FAILED
-        watch = None if self.mesh is None else self.mesh.watch
-        silent = [] if watch is None else watch.silent()
-        if watch is not None and silent:
-            print(f"warpline: {watch.describe(silent)}; start it again to go on from the last checkpoint", file=sys.stderr)
-            return f"rank {silent[0]} was lost", EXIT_FAILED
         traceback.print_exception(error)
+        if watch is not None:
+            watch.fail(type(error).__name__)
         return f"failed: {type(error).__name__}", EXIT_FAILED
 
 
@@ -99,7 +109,7 @@ def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: l
         outcome.mesh = mesh = _mesh(config)
         run = RunFolder(run_path or Path("runs") / path.stem, writes=mesh.is_first)
         mesh.on_first(lambda: run.open(config, verb))
-        outcome.run = run
+        outcome.watch(mesh, run)
         work(config, run, mesh, StopSignal().install())
 
 
@@ -140,10 +150,14 @@ def _evaluate(config: evaluate.EvaluateStageConfig, run: RunFolder, mesh: Mesh, 
         print(" ".join(f"{name}={value}" for name, value in score.items()))
 
 
+def _pretrain(config: pretrain.PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> Path:
+    return {"warpline": pretrain.main, "megatron": pretrain_megatron.main}[config.engine](config, run, mesh, stop)
+
+
 VERBS: dict[str, tuple[type[Config], Callable, str]] = {
     "line": (line.LineConfig, _whole_line, "Run every stage in order, resumable, and report."),
     "data": (data.DataStageConfig, _data, "From text to a tokenizer and token shards."),
-    "pretrain": (pretrain.PretrainStageConfig, _stage("pretrain", pretrain.main), "Pretrain on packed documents."),
+    "pretrain": (pretrain.PretrainStageConfig, _stage("pretrain", _pretrain), "Pretrain on packed documents."),
     "sft": (sft.SftStageConfig, _stage("sft", sft.main), "Fine-tune on conversations."),
     "preference": (
         preference.PreferenceStageConfig,
@@ -162,8 +176,20 @@ def _add(verb: str, kind: type[Config], work: Callable, description: str) -> Non
         _run(verb, kind, work, config, overrides, run)
 
 
+def _add_pretrain(verb: str, kind: type[Config], work: Callable, description: str) -> None:
+    @app.command(verb, help=description)
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        run: RunPath = None,
+        engine: Annotated[str, typer.Option("--engine", metavar="NAME", help="warpline, or megatron (on GPUs)")] = "warpline",
+    ) -> None:
+        chosen = [] if engine == "warpline" else [f"engine={engine}"]
+        _run(verb, kind, work, config, [*(overrides or []), *chosen], run)
+
+
 for _verb, (_kind, _work, _description) in VERBS.items():
-    _add(_verb, _kind, _work, _description)
+    (_add_pretrain if _verb == "pretrain" else _add)(_verb, _kind, _work, _description)
 
 
 @app.command()

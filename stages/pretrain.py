@@ -1,12 +1,13 @@
 """Pretraining on packed documents.
 
-Run     warpline pretrain configs/pretrain/own_data.toml
+Run     warpline pretrain configs/pretrain/own_data.toml     (--engine megatron: see pretrain_megatron.py)
 Reads   a folder made by `warpline data` (`data`), and a model to go on from (`start`) or a shape to begin with ([model])
 Writes  RUN/checkpoints/pretrain/step-N (also a Hugging Face folder), RUN/metrics.jsonl
 Expect  the loss in nats per token; bits per byte of the held-out text every `evaluate_every_steps`
 """
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -40,6 +41,7 @@ class PretrainStageConfig(PretrainConfig):
     start: str | None = None
     model: DecoderShape | None = None
     seed: NonNegativeInt = 0
+    engine: Literal["warpline", "megatron"] = "warpline"
     parallel: ParallelConfig = ParallelConfig()
 
 
@@ -52,7 +54,7 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
     held_out = list(read_documents([data / "held_out.jsonl"]))
 
     # -- Whence: the last checkpoint, or step 0 --------------------------------------------------------------------------------
-    session = Session("pretrain", config, run, mesh, config.parallel, lambda: _start(config, data, mesh), stop)
+    session = Session("pretrain", config, run, mesh, config.parallel, lambda: start_of(config, data, mesh), stop)
     require_same_tokenizer(data, session.tokenizer)
     if config.sequence_tokens > session.model.config.max_positions:
         raise BadConfig(
@@ -65,7 +67,7 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
         windows = windows_of_step(windows_in_all, config.sequences_per_step, step, seed_of(config.seed, "pretrain", "order"))
         batches = [
             text_batch(shards, part, config.sequence_tokens)
-            for part in _parts(mesh.share(list(windows)), max(1, config.tokens_per_microbatch // config.sequence_tokens))
+            for part in parts_of(mesh.share(list(windows)), max(1, config.tokens_per_microbatch // config.sequence_tokens))
         ]
         loss, read = backward_cross_entropy(session, batches)
         session.update(loss)
@@ -94,7 +96,7 @@ def require_same_tokenizer(data: Path, tokenizer: ChatTokenizer) -> None:
         )
 
 
-def _start(config: PretrainStageConfig, data: Path, mesh: Mesh) -> Start:
+def start_of(config: PretrainStageConfig, data: Path, mesh: Mesh) -> Start:
     if config.start is not None and config.model is None:
         return start_from(Path(config.start), mesh)
     if config.model is not None and config.start is None:
@@ -102,5 +104,5 @@ def _start(config: PretrainStageConfig, data: Path, mesh: Mesh) -> Start:
     raise BadConfig("give either start (a model folder to go on from) or a [model] table, not both")
 
 
-def _parts(items: list[int], size: int) -> list[list[int]]:
+def parts_of(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]

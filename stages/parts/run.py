@@ -30,7 +30,7 @@ class RunFolder:
         resolved = {"verb": verb, **config.model_dump(mode="json")}
         known = self.path / "config.json"
         if known.exists():
-            difference = _first_difference(*(_without_layout(settings) for settings in (read_json(known), resolved)))
+            difference = _first_difference(_without_layout(read_json(known)), _without_layout(resolved))
             if not difference or {path.name for path in self.path.iterdir()} <= UNSTARTED:
                 self.write_json("config.json", resolved)
             else:
