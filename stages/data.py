@@ -68,12 +68,14 @@ def main(config: DataStageConfig, run: RunFolder, mesh: Mesh) -> Path:
     """Make RUN/data unless RUN/data.json says that it is done; returns RUN/data."""
     folder = run.path / "data"
     mesh.note("data")
-    if not (run.path / "data.json").exists():
-        mesh.on_first(lambda: _make(config, run, folder))
+    # The first rank alone looks: another may come here after the data was made, and must wait its turn all the same.
+    mesh.on_first(lambda: _make(config, run, folder))
     return folder
 
 
 def _make(config: DataStageConfig, run: RunFolder, folder: Path) -> None:
+    if (run.path / "data.json").exists():
+        return
     with StageProgress("data", 4) as progress:
         _make_files(config, run, folder, progress)
 

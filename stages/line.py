@@ -129,8 +129,7 @@ def main(config: LineConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> Pa
     folder = line.data
     if config.data.tasks is None:
         raise BadConfig("the line needs tasks: add a [data.tasks] table")
-    if not (run.path / "data.json").exists():
-        line.timed("data", lambda: data.main(data.DataStageConfig(**config.data.model_dump(), seed=config.seed), run, mesh))
+    line.timed("data", lambda: data.main(data.DataStageConfig(**config.data.model_dump(), seed=config.seed), run, mesh))
 
     base = line.train(
         "pretrain", config.pretrain, pretrain.PretrainStageConfig, pretrain.main, data=str(folder), model=config.model

@@ -2,11 +2,12 @@ import json
 import zlib
 
 import pytest
+import torch
 
 from warpline.data.shards import TokenShards
 from warpline.data.text import Document, read_documents
 from warpline.data.tokenizer import ChatTokenizer
-from warpline.parallel.mesh import start_mesh
+from warpline.parallel.mesh import Mesh, Sizes, start_mesh
 from warpline.stages import data
 from warpline.stages.parts.config import BadConfig
 from warpline.stages.parts.run import RunFolder
@@ -38,6 +39,29 @@ def test_a_second_call_makes_nothing_again(text_run):
     before = {path: path.stat().st_mtime_ns for path in (text_run / "data").rglob("*")}
     data.main(data.DataStageConfig(text=["nowhere"], vocab_size=300), RunFolder(text_run), start_mesh())
     assert before == {path: path.stat().st_mtime_ns for path in (text_run / "data").rglob("*")}
+
+
+class Turns:
+    """As much of a watch as a rank needs that waits for the first one."""
+
+    where = ""
+
+    def __init__(self):
+        self.waited: list[int] = []
+
+    def next_turn(self) -> int:
+        return len(self.waited)
+
+    def wait_for(self, turn: int) -> None:
+        self.waited.append(turn)
+
+
+def test_a_rank_that_comes_after_the_data_was_made_waits_its_turn_all_the_same(text_run):
+    """Else it takes the first rank's next turn for this one, and goes on before that is done."""
+    turns = Turns()
+    mesh = Mesh(1, Sizes(replicate=2), torch.device("cpu"), watch=turns)
+    data.main(data.DataStageConfig(text=["nowhere"], vocab_size=300), RunFolder(text_run, writes=False), mesh)
+    assert turns.waited == [0]
 
 
 def test_too_little_text_is_refused_in_one_line(tmp_path):
