@@ -1,6 +1,6 @@
 """Profiling: a few steps of a stage, traced on every rank, and what they say about scaling; or a pipeline's schedule, drawn.
 
-Run     [torchrun --nproc-per-node N --no-python] warpline profile CONFIG [key=value ...] [--steps 10:13]
+Run     [torchrun --nproc-per-node N --no-python --] warpline profile CONFIG [key=value ...] [--steps 10:13]
         warpline profile CONFIG --sweep 'parallel.tensor=1,2,4'      (starts torchrun by itself, once a point)
         warpline profile CONFIG --schedule
 Reads   what the stage reads
@@ -177,13 +177,15 @@ def sweep(asked: Request, settings: list[str], folder: Path) -> Path:
     made = points(found)
     check_machine(made, num_gpus())
     steps = f"{asked.num_before}:{asked.num_before + asked.num_recorded}"
-    rows = []
+    rows, rates = [], {}
     for point in made:
-        console.print(f"{point.scaling}: {' '.join(point.overrides)}, {point.num_ranks} rank(s)", markup=False)
-        path = run_point(point, [str(asked.path), *asked.overrides, "--stage", asked.stage, "--steps", steps], folder)
+        if point.name not in rates:  # weak scaling begins where strong scaling does
+            console.print(f"{point.scaling}: {' '.join(point.overrides)}, {point.num_ranks} rank(s)", markup=False)
+            path = run_point(point, [str(asked.path), *asked.overrides, "--stage", asked.stage, "--steps", steps], folder)
+            rates[point.name] = rate(path, asked.num_before)
         rows.append({
             "scaling": point.scaling, "setting": " ".join(point.overrides), "ranks": point.num_ranks,
-            "tokens_per_second": rate(path, asked.num_before), "profile": f"{point.name}/profile/profile.html",
+            "tokens_per_second": rates[point.name], "profile": f"{point.name}/profile/profile.html",
         })  # fmt: skip
     rows = scaled(rows)
     write_json(folder / "scaling.json", rows)

@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "_".join([self.scaling, *(item.replace("=", "-").replace("/", "-") for item in self.overrides)])
+        return "_".join(item.replace("=", "-").replace("/", "-") for item in self.overrides)
 
 
 def require_matplotlib() -> None:
@@ -65,7 +65,8 @@ def points(found: Sequence[tuple[list[str], Any]]) -> list[Point]:
         batch, rest = divmod(getattr(config, key) * count, fewest)
         if rest:
             raise BadConfig(f"{key}={getattr(config, key)} × {count} data ranks / {fewest} is no whole number; change {key}")
-        made.append(Point("weak", [*overrides, f"{key}={batch}"], config.parallel.sizes.product))
+        grown = [] if count == fewest else [f"{key}={batch}"]
+        made.append(Point("weak", [*overrides, *grown], config.parallel.sizes.product))
     return made
 
 
@@ -147,9 +148,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             [row["ranks"] for row in mine], [row["tokens_per_second"] for row in mine], "o", color="#3b6fd4", label="measured"
         )
         for row in mine:
+            is_last = row["ranks"] == ranks[-1] > ranks[0]
             axes.annotate(
                 f"{row['setting']} ({row['efficiency']:.0%})", (row["ranks"], row["tokens_per_second"]), fontsize=7,
-                xytext=(5, -9), textcoords="offset points",
+                xytext=(-6 if is_last else 6, -10), textcoords="offset points", ha="right" if is_last else "left",
             )  # fmt: skip
         axes.set_title(f"{kind} scaling: " + ("the same batch" if kind == "strong" else "the batch grows with the data ranks"))
         axes.set_xlabel("ranks")

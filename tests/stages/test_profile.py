@@ -179,6 +179,6 @@ def test_a_sweep_runs_every_point_and_draws_them_against_the_ideal(pretrain_conf
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG") and all(
         (folder / row["profile"]).exists() for row in rows
     )
-    found = json.loads((folder / "strong_parallel.tensor-2" / "profile" / "summary.json").read_text())
+    found = json.loads((folder / "parallel.tensor-2" / "profile" / "summary.json").read_text())
     for rank in found["ranks"]:
         assert {axis for axis, *_ in rank["collectives"]} == {"tensor", "all ranks"}

@@ -33,8 +33,9 @@ def test_weak_scaling_grows_the_batch_with_the_data_ranks():
     assert [(point.scaling, point.num_ranks) for point in found] == [
         ("strong", 2), ("strong", 3), ("strong", 8), ("weak", 2), ("weak", 3), ("weak", 8),
     ]  # fmt: skip
-    assert [point.overrides[-1] for point in found[3:]] == ["tokens_per_step=6", "tokens_per_step=9", "tokens_per_step=12"]
-    assert found[4].name == "weak_b_tokens_per_step-9"
+    assert [point.overrides[-1] for point in found[3:]] == ["a", "tokens_per_step=9", "tokens_per_step=12"]
+    assert found[3].name == found[0].name == "a"  # one run for both
+    assert found[4].name == "b_tokens_per_step-9"
     with pytest.raises(BadConfig, match="is no whole number; change tokens_per_step"):
         points([(["a"], config(batch=5, replicate=2)), (["b"], config(batch=5, replicate=3))])
 
