@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 # (2 cores, 1 M parameters, 4096 tokens), alone 0.48 s instead of 0.45 s.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test test-all gpu lint venv clean
+.PHONY: run test test-all parity gpu lint venv clean
 
 run: venv
 	$(BIN)/warpline line configs/line/laptop.toml
@@ -22,6 +22,10 @@ test: venv
 test-all: test
 	$(PYTEST) -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu" tests/kernels
+
+# Every stage × layout against one process; writes docs/parity.md.
+parity: venv
+	$(BIN)/python tests/parallel/parity.py
 
 # One call on a machine with a GPU, from the checkout alone; results and logs under OUT, else bench/results. Called again it goes
 # on where it was cut off; NAMES="tests attention" runs those parts.
