@@ -8,27 +8,109 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from warpline.parallel.mesh import Mesh, start_mesh
+from warpline.models.decoder import DecoderConfig
+from warpline.parallel.mesh import ALONE, Mesh, Sizes, check_sizes, nearest_sizes, other_layout, problem_of, start_mesh
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
-
-
-def test_alone_sums_are_the_values_and_gradients_stay():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.ones(2)
-    ALONE.sum_gradients([parameter])
-    assert ALONE.sum([1.5, 2]) == [1.5, 2] and parameter.grad.tolist() == [1, 1]
+CPU = torch.device("cpu")
+SHAPE = DecoderConfig(
+    vocab_size=5, width=8, num_layers=6, num_heads=4, num_kv_heads=2, head_width=2, mlp_width=12
+)  # fmt: skip
 
 
-def test_shares_are_disjoint_and_complete():
-    items = list(range(11))
-    shares = [Mesh(rank, 3, torch.device("cpu")).share(items) for rank in range(3)]
-    assert sorted(item for share in shares for item in share) == items and {len(share) for share in shares} == {3, 4}
+def ranks_of(sizes: Sizes) -> list[Mesh]:
+    return [Mesh(rank, sizes, CPU) for rank in range(sizes.product)]
+
+
+def test_alone_everything_is_here():
+    mesh = start_mesh()
+    assert mesh.sizes == ALONE and mesh.size == 1 and mesh.is_first and mesh.leads and str(mesh.sizes) == "one process"
+    assert mesh.sum([1.5, 2]) == mesh.max([1.5, 2]) == mesh.sum_data([1.5, 2]) == [1.5, 2]
+    assert mesh.share([3, 1, 2]) == mesh.gather([3, 1, 2], "tensor", "shard") == [3, 1, 2]
+    assert mesh.group(*Sizes._fields) is None and mesh.shard_mesh() is None
+
+
+def test_a_ranks_place_counts_the_inner_axes_first():
+    """2 × 1 × 3 × 1 × 2 ranks: pipeline outermost, tensor innermost."""
+    sizes = Sizes(pipeline=2, shard=3, tensor=2)
+    places = [mesh.place for mesh in ranks_of(sizes)]
+    assert places[:4] == [Sizes(0, 0, 0, 0, 0), Sizes(0, 0, 0, 0, 1), Sizes(0, 0, 1, 0, 0), Sizes(0, 0, 1, 0, 1)]
+    assert places[6] == Sizes(1, 0, 0, 0, 0) and len(set(places)) == 12
+    assert [mesh.leads for mesh in ranks_of(sizes)] == [True, False] * 3 + [False] * 6
+
+
+def test_a_groups_ranks_differ_in_its_axes_alone():
+    mesh = Mesh(7, Sizes(pipeline=2, shard=3, tensor=2), CPU)  # pipeline 1, shard 0, tensor 1
+    assert mesh.ranks("tensor") == [6, 7] and mesh.ranks("shard") == [7, 9, 11] and mesh.ranks("pipeline") == [1, 7]
+    assert mesh.ranks("shard", "tensor") == [6, 7, 8, 9, 10, 11] and mesh.ranks("context", "replicate") == [7]
+
+
+def test_shares_are_disjoint_and_complete_and_one_model_group_has_one():
+    sizes, items = Sizes(pipeline=2, replicate=3, shard=2), list(range(11))
+    meshes = ranks_of(sizes)
+    assert meshes[0].num_data == 6
+    by_rank = {mesh.data_rank: mesh.share(items) for mesh in meshes}
+    assert sorted(item for share in by_rank.values() for item in share) == items
+    assert {len(share) for share in by_rank.values()} == {1, 2}
+    assert all(mesh.share(items) == mesh.shares(items)[mesh.data_rank] == by_rank[mesh.data_rank] for mesh in meshes)
+
+
+def test_items_are_dealt_over_the_ranks_of_some_axes():
+    meshes = ranks_of(Sizes(shard=2, context=3))
+    assert [mesh.deal(list("abcde"), "context") for mesh in meshes] == [["a", "d"], ["b", "e"], ["c"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_ranks", "nearest"),
+    [
+        (Sizes(tensor=2), 1, Sizes()),
+        (Sizes(tensor=2), 8, Sizes(replicate=4, tensor=2)),
+        (Sizes(shard=8), 16, Sizes(replicate=2, shard=8)),
+        (Sizes(replicate=2, tensor=4), 16, Sizes(replicate=4, tensor=4)),
+        (Sizes(pipeline=4, tensor=8), 24, Sizes(pipeline=3, tensor=8)),
+    ],
+)
+def test_the_nearest_layout_keeps_the_models_axes_where_it_can(wanted, num_ranks, nearest):
+    found = nearest_sizes(wanted, num_ranks)
+    assert found.product == num_ranks and found == nearest
+
+
+def test_no_layout_is_nearest_where_none_is_legal():
+    assert nearest_sizes(Sizes(tensor=2), 2, lambda sizes: False) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (Sizes(tensor=3), r"tensor=3 does not divide its 4 query heads; the nearest legal layout is replicate=3"),
+        (Sizes(tensor=8), r"tensor=8 does not divide its 4 query heads; the nearest legal layout is replicate=2, tensor=4"),
+        (Sizes(pipeline=8), r"pipeline=8 exceeds its 6 layers; the nearest legal layout is pipeline=4, replicate=2"),
+    ],
+)
+def test_a_layout_the_model_cannot_have_is_refused_with_the_nearest_it_can(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check_sizes(sizes, SHAPE)
+
+
+def test_every_problem_of_a_layout_is_named():
+    assert problem_of(Sizes(tensor=4, pipeline=6, context=64, shard=64), SHAPE) is None
+    assert "MLP's width 12" in problem_of(Sizes(tensor=8), SHAPE.model_copy(update={"num_heads": 8}))
+    assert "exceeds its 5 tokens" in problem_of(Sizes(tensor=8), SHAPE.model_copy(update={"num_heads": 8, "mlp_width": 16}))
 
 
 def test_a_layout_that_does_not_match_the_processes_names_the_remedy():
-    with pytest.raises(ValueError, match=r"parallel.replicate is 4 but 1 process\(es\) were started; set parallel.replicate=1"):
-        start_mesh(4)
+    with pytest.raises(
+        ValueError,
+        match=r"\[parallel\] replicate=4 is 4 rank\(s\) but 1 process\(es\) were started; start torchrun with 4, or set the "
+        "nearest legal layout: one process",
+    ):
+        start_mesh(Sizes(replicate=4))
+
+
+def test_another_layout_has_as_many_ranks():
+    mesh = Mesh(5, Sizes(shard=8), CPU)
+    assert other_layout(mesh, Sizes(tensor=8)).place == Sizes(0, 0, 0, 0, 5)
+    with pytest.raises(ValueError, match="received tensor=4 for 8 processes; expected a layout of as many"):
+        other_layout(mesh, Sizes(tensor=4))
 
 
 CONFIG = """
