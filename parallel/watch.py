@@ -39,7 +39,7 @@ class FirstFailed(Exception):
 class Beat(NamedTuple):
     """What a rank last said: how often it did, where it runs, and what it was at."""
 
-    count: str
+    number: str
     host: str
     pid: str
     where: str
@@ -82,7 +82,7 @@ class Watch:
                 seen, loss = _seen(self.own, behind), _found(self.own)
                 if seen != last:
                     last, since = seen, time.monotonic()
-                elif time.monotonic() - since > self.seconds and seen.count != "ended":
+                elif time.monotonic() - since > self.seconds and seen.number != "ended":
                     loss = loss or self._lose(self.own, [behind])
             except RuntimeError:  # the store is gone with its launcher, and with it whom to tell
                 return
@@ -136,7 +136,7 @@ class Watch:
         """Those of these ranks that do not beat within three beats."""
         before = {rank: _seen(self.store, rank) for rank in ranks if rank != self.rank}
         time.sleep(3 * self.beat_seconds)
-        return [rank for rank, seen in before.items() if seen.count != "ended" and _seen(self.store, rank) == seen]
+        return [rank for rank, seen in before.items() if seen.number != "ended" and _seen(self.store, rank) == seen]
 
     def _lose(self, store: Store, ranks: list[int]) -> Loss:
         named = [f"rank {rank} on {_seen(store, rank).host}" for rank in ranks[:NAMED]]
