@@ -31,7 +31,7 @@ def write_page(path: Path) -> list[Path]:
         if drawn is not None:
             found.append((name, drawn))
     for bench in results.benches:
-        if any(row.bench == bench for row in results.rows):
+        if any(row.bench == bench and not row.split for row in results.rows):  # stages are in one picture
             found.append((bench, draw_bench(results, bench, folder)))
     page = path.with_suffix(".html")
     page.write_text(_page(results, found))
@@ -44,8 +44,10 @@ def _page(results: Results, pictures: list[tuple[str, Path]]) -> str:
     for name, picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<h2>{_text(name)}</h2><img alt="{_text(name)}" src="data:image/png;base64,{data}">')
-        if name in results.benches:
-            parts.append(f"<details><summary>Table</summary><pre>{_text(table(results, [name]))}</pre></details>")
+        benches = [name] if name in results.benches else [r.bench for r in results.rows if r.split and name == "Stages"]
+        if benches:
+            shown = table(results, dict.fromkeys(benches))
+            parts.append(f"<details><summary>Table</summary><pre>{_text(shown)}</pre></details>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>warpline bench</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}{body}</html>\n'

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .rows import Results, Row
 
 STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("x", "--"), ("P", "-."), ("*", ":"))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 COLUMNS = 3
+LABEL: dict[str, Any] = {
+    "ha": "center", "va": "bottom", "fontsize": 8, "bbox": {"facecolor": "white", "pad": 1.5, "edgecolor": "none"},
+}  # fmt: skip
 # Sizes that follow from another one that is there: sequences from a fixed number of tokens, pairs from their length.
 FOLLOWING = ("B", "P")
 
@@ -98,11 +102,10 @@ def draw_panel(axes: Axes, panel: Panel, candidates: Sequence[str], label: str, 
         for row in panel.rows:
             index, height = candidates.index(row.candidate), value(row) or 0.0
             axes.bar(
-                row.candidate, height, yerr=row.spread / 2 if is_time else None, capsize=3, edgecolor="black",
+                row.candidate, height, yerr=min(row.spread / 2, height) if is_time else None, capsize=3, edgecolor="black",
                 color=str(0.95 - 0.12 * (index % 4)), hatch=HATCHES[index % len(HATCHES)],
             )  # fmt: skip
-            axes.annotate(f"{height:.3g}", (row.candidate, height), ha="center", va="bottom", fontsize=8)
-        axes.margins(y=0.18)
+            axes.annotate(f"{height:.3g}", (row.candidate, 0), xytext=(0, 4), textcoords="offset points", **LABEL)
         axes.tick_params(axis="x", rotation=20, labelsize=7)
         return
     sizes = sorted({row.shape[panel.axis] for row in panel.rows})
@@ -120,7 +123,10 @@ def draw_panel(axes: Axes, panel: Panel, candidates: Sequence[str], label: str, 
         )  # fmt: skip
     axes.set_xlabel(f"{panel.axis} ({LETTERS.get(panel.axis, panel.axis)})", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log" if is_time else "symlog")
+    is_positive = all(made > 0 for row in panel.rows if (made := value(row)) is not None)
+    axes.set_yscale("log" if is_positive else "symlog")
+    if is_positive:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
@@ -169,7 +175,7 @@ def draw_roofline(results: Results, folder: Path) -> Path | None:
     axes.set_xlabel("FLOPs that the operation needs per byte that it needs to move")
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right")
     figure.suptitle(title_of(results, "roofline: ours, every kernel and shape"))
     return _save(figure, folder / "roofline.png")
 
