@@ -4,16 +4,18 @@ Run     python -m warpline.bench.context_parallel [--quick] [--out DIR]      (st
 Writes  DIR/cpu/context_parallel.json, or DIR/<card>/context_parallel.json
 Expect  per ranks n and tokens T of one causal document, in milliseconds: ours; torch's context parallelism (every rank gathers
         all keys and values) on the same inputs in the same order, flex_attention compiled, forward alone on a CPU, where it
-        has no backward; one process / n, on a CPU divided by its cores if fewer; and what the ring sends over what one rank
-        passes to the next, measured in the same run. `error` is against fp64 in one process at 1,024 tokens, of all ranks,
-        with gradients where a candidate has them; `eager_error` that of one process in the same dtype.
+        has no backward; one process / n, on a CPU divided by its cores if fewer, and of the ring a ring of one, since on a
+        CPU its parts cannot use torch's fused attention, which gives no log-sum-exp; and what the ring sends over what one
+        rank passes to the next, measured in the same run. `error` is against fp64 in one process at 1,024 tokens, of all
+        ranks, with gradients where a candidate has them; `eager_error` that of one process in the same dtype.
 """
 
 from __future__ import annotations
 
 import importlib
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,7 @@ from ..parallel.context import ContextBatch
 from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
 from .measure import relative_error
 from .rows import Row
-from .scaling import bandwidth, cores, device_of, emit, rounds, row_of, run
+from .scaling import bandwidth, cores, cpu_milliseconds, device_of, emit, rounds, row_of, run
 
 NAME = "context_parallel"
 CHECKED_TOKENS = 1024
@@ -41,7 +43,7 @@ def heads(device: torch.device) -> tuple[int, int, int]:
 
 def lengths(device: torch.device, is_quick: bool) -> tuple[int, ...]:
     if device.type == "cpu":
-        return (1024,) if is_quick else (1024, 2048, 4096)
+        return (1024,) if is_quick else (1024, 2048)
     return (16384,) if is_quick else (16384, 65536, 131072)
 
 
@@ -182,6 +184,26 @@ def ring_bytes(name: str, num_ranks: int, num_tokens: int, device: torch.device)
     return sent if name == "forward" else 2 * sent + num_tokens * per_token * 4
 
 
+def of_one_process(num_tokens: int, device: torch.device) -> dict[str, Attend]:
+    """What Ulysses and torch divide, and what the ring divides: the same parts and merges by one rank alone."""
+    return {
+        "one process": whole_attention,
+        "ring of one": ContextBatch.of((0, num_tokens), num_tokens, None, device).attend,
+    }
+
+
+def measured_alone(calls: Mapping[str, Callable[[], Any]], mesh: Mesh) -> list[float]:
+    """Of each call three times in milliseconds, and its CPU time; by the first rank while the others wait, and 0 there."""
+    found: list[float] = []
+
+    def measure() -> None:
+        for call in calls.values():
+            found.extend([*rounds(call, None, mesh.device, 3), cpu_milliseconds(call, None)])
+
+    mesh.on_first(measure)
+    return found or [0.0] * 4 * len(calls)
+
+
 def worker(is_quick: bool) -> None:
     mesh = start_mesh(Sizes(context=num_processes()))
     device, group = mesh.device, mesh.group("context")
@@ -192,27 +214,30 @@ def worker(is_quick: bool) -> None:
         whole, shape = inputs(num_tokens, device, dtype_of(device)), shape_of(mesh.size, num_tokens, device)
         mine = [ContextBatch.of((0, num_tokens), num_tokens, group, device).local(x) for x in whole]
         for name, call in PASSES.items():
-            alone_taken: list[float] = []
-
-            def measure_alone(call: Any = call, whole: Any = whole, taken: list[float] = alone_taken) -> None:
-                taken += rounds(partial(call, whole_attention, whole), None, device, 3)
-
-            mesh.on_first(measure_alone)
-            ideal = mesh.sum(alone_taken or [0.0] * 3)
-            ideal = [x / parallel for x in ideal]
+            operation = f"attention, {name}"
+            references = {other: partial(call, attend, whole) for other, attend in of_one_process(num_tokens, device).items()}
+            taken_alone = mesh.sum(measured_alone(references, mesh))
+            ideals = {}
+            for place, reference in enumerate(references):
+                *taken, spent = taken_alone[4 * place : 4 * place + 4]
+                ideals[reference] = [x / parallel for x in taken], spent / mesh.size
             for candidate, attend in candidates(num_tokens, mesh, name != "forward").items():
-                taken = rounds(partial(call, attend, mine), mesh, device, 3 if is_quick else 5)
-                row = row_of(f"attention, {name}", candidate, shape, taken)
-                row.note = f"{row.milliseconds / sorted(ideal)[len(ideal) // 2]:.2f} × one process / {parallel}"
-                if candidate in checked:
-                    row.error, row.eager_error = checked[candidate]
-                    allowed = 2 * row.eager_error + 2 * torch.finfo(dtype_of(device)).eps
-                    row.check = "passed" if row.error <= allowed else f"failed: error {row.error:.1e}, allowed {allowed:.1e}"
+                mine_call = partial(call, attend, mine)
+                row = row_of(operation, candidate, shape, rounds(mine_call, mesh, device, 3))
+                reference = "ring of one" if candidate == "warpline ring" else "one process"
+                ideal, spent = ideals[reference]
+                row.note = f"{row.milliseconds / statistics.median(ideal):.2f} × {reference} / {parallel}"
+                if device.type == "cpu":
+                    row.note += f"; CPU time of a rank {cpu_milliseconds(mine_call, mesh) / spent:.2f} × its / {mesh.size}"
+                row.error, row.eager_error = checked[candidate]
+                allowed = 2 * row.eager_error + 2 * torch.finfo(dtype_of(device)).eps
+                row.check = "passed" if row.error <= allowed else f"failed: error {row.error:.1e}, allowed {allowed:.1e}"
                 emit(mesh, row)
-            emit(mesh, row_of(f"attention, {name}", "one process / n", shape, ideal, f"over {parallel}"))
+            for reference, (ideal, _) in ideals.items():
+                emit(mesh, row_of(operation, f"{reference} / n", shape, ideal, f"over {parallel}"))
             sent = ring_bytes(name, mesh.size, num_tokens, device)
             words = f"the ring's {sent / 2**20:.1f} MiB at {rate / 1e9:.2f} GB/s"
-            emit(mesh, row_of(f"attention, {name}", "bytes / bandwidth", shape, [1e3 * sent / rate], words))
+            emit(mesh, row_of(operation, "bytes / bandwidth", shape, [1e3 * sent / rate], words))
     end_mesh(mesh)
 
 

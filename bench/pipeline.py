@@ -7,7 +7,7 @@ Expect  per schedule, ranks n and microbatches M, in milliseconds a step:
           order, own costs    the order that each rank ran, replayed with the median cost of each forward and backward (on a CPU
                               its CPU seconds: cores that ranks share do not lengthen it), where nothing else takes time
           order, equal costs  the same where a forward and both gradients of every stage cost alike
-          table               what parallel/pipeline.py predicts (of zero_bubble: at most)
+          table               what parallel/pipeline.py predicts (of zbv: from M = 2n on)
           no bubble           the computation alone, spread over the ranks
           one process / n     the same step of a whole decoder in one process, divided by n, on a CPU by its cores if fewer
           bytes / bandwidth   a border's bytes over what one rank passes to the next, measured in the same run
@@ -149,13 +149,10 @@ def _needed(action: Action, num_stages: int) -> Iterator[list[Action]]:
 
 
 def predicted(schedule: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> float:
-    """The bubble by the table of parallel/pipeline.py; of zero_bubble the most that it allows."""
+    """The bubble by the table of parallel/pipeline.py."""
     n, m = num_ranks, num_microbatches
-    plain = (n - 1) / (m + n - 1)
-    return {
-        "gpipe": plain, "1f1b": plain, "interleaved": (n - 1) / (stages_per_rank * m + n - 1), "zero_bubble": plain / 3,
-        "zbv": 0.0,
-    }[schedule]  # fmt: skip
+    work = {"interleaved": stages_per_rank * m, "zero_bubble": 3 * stages_per_rank * m, "zbv": 6 * m}.get(schedule, m)
+    return (n - 1) / (work + n - 1)
 
 
 # ---- What a rank records ----

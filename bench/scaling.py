@@ -106,6 +106,14 @@ def rounds(call: Callable[[], object], mesh: Mesh | None, device: torch.device, 
     return [timed(call, mesh, device) for _ in range(count + 1)][1:]
 
 
+def cpu_milliseconds(call: Callable[[], object], mesh: Mesh | None) -> float:
+    """A call's time on a core, of the rank that spends the most: ranks that share cores do not lengthen it."""
+    spent = time.process_time()
+    call()
+    spent = 1e3 * (time.process_time() - spent)
+    return spent if mesh is None else mesh.max([spent])[0]
+
+
 def row_of(
     operation: str, candidate: str, shape: dict[str, int], milliseconds: Sequence[float], note: str = "", check: str = ""
 ) -> Row:

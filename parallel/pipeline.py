@@ -9,12 +9,12 @@ matrix and the loss on the last. A tied embedding is on both, and its gradients 
 | backward: its gradient to the previous one                    | M·T·D·b                                    |
 | tied embeddings: one all-reduce a step, first and last stage  | V·D·b                                      |
 
-| schedule      | stages a rank | bubble of M microbatches over n ranks, predicted |
-|---------------|---------------|--------------------------------------------------|
-| gpipe, 1f1b   | 1             | (n−1)/(M+n−1)                                    |
-| interleaved   | v             | (n−1)/(v·M+n−1)                                  |
-| zero_bubble   | v             | a third of 1f1b's and less (weights' gradients fill it) |
-| zbv           | 2             | none where forward and both gradients cost alike |
+| schedule      | stages a rank | bubble of M microbatches over n ranks, where a forward and both gradients cost alike |
+|---------------|---------------|--------------------------------------------------------------------------------------|
+| gpipe, 1f1b   | 1             | (n−1)/(M+n−1)                                                                        |
+| interleaved   | v             | (n−1)/(v·M+n−1)                                                                      |
+| zero_bubble   | v             | (n−1)/(3·v·M+n−1)                                                                    |
+| zbv           | 2             | (n−1)/(6·M+n−1), from M = 2n on                                                      |
 
 **Source** GPipe, arXiv 1811.06965; PipeDream, arXiv 1806.03377; Megatron-LM, arXiv 2104.04473; zero bubble, arXiv 2401.10241.
 **Limits** Rows of one step have one number of tokens: the rest lies past the last boundary. zero_bubble and zbv need torch 2.13

@@ -1,5 +1,8 @@
 """The replay of a pipeline's orders against bubbles worked by hand, and the table of predictions against it."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from warpline.bench.pipeline import EQUAL, Action, predicted, replay
@@ -51,3 +54,20 @@ def test_orders_that_wait_for_each_other_are_refused():
     orders = [[Action("B", 0, 0), Action("F", 0, 0)], [Action("F", 1, 0), Action("B", 1, 0)]]
     with pytest.raises(ValueError, match=r"wait for each other at \[0, 0\]; expected those of one step"):
         replay(orders, lambda action: 1.0)
+
+
+def test_predictions_are_those_of_the_table():
+    """Every schedule's cell, evaluated."""
+    source = Path(__file__).parents[2] / "parallel" / "pipeline.py"
+    lines = [
+        line.split("|")[1:4] for line in (ast.get_docstring(ast.parse(source.read_text())) or "").split("\n") if "−1)/(" in line
+    ]
+    found = {}
+    for names, stages, cell in lines:
+        formula = cell.partition(",")[0].replace("·", "*").replace("−", "-")
+        v = 3 if stages.strip() == "v" else int(stages)
+        for name in names.split(","):
+            found[name.strip()] = eval(formula, {"n": 4, "M": 8, "v": v}), predicted(name.strip(), 4, 8, v)
+    assert len(found) == 5
+    for table, bench in found.values():
+        assert table == pytest.approx(bench, abs=1e-12)
