@@ -120,7 +120,8 @@ def config_of(case: Case, inputs: Path) -> Any:
         ),
         "evaluate": (
             evaluate.EvaluateStageConfig,
-            {"model": start, "text": [str(run / "data" / "held_out.jsonl")], "tasks": [str(run / "data" / "held_out_tasks.jsonl")],
+            {"model": start, "text": [str(run / "data" / "held_out.jsonl")],
+             "tasks": [str(run / "data" / "held_out_tasks.jsonl")],
              "window_tokens": 23, "max_new_tokens": 6, "precision": case.precision, "seed": 3,
              "rewards": [{"function": "parity_cases:even_tokens"}], "right_from": 0.5},
         ),
