@@ -110,12 +110,12 @@ def table(results: list[dict]) -> str:
     """docs/parity.md."""
     lines = [
         "# The same numbers on every layout", "",
-        f"Written by `make parity`: {STEPS} steps of each stage over gloo processes on one CPU, against one process with the",
-        "same data from the same weights. *loss*: the largest error over the steps, of max(|loss|, 1). *gradient*: of the first",
-        "update, the worst parameter's ‖error‖ / max(‖gradient‖, 1e-6 of the whole's). Limits in fp64: 1e-9 and 1e-8; in fp32 1e-5",
-        "for the first step's loss (*first*). Reinforcement learning samples its completions under each layout; rewards must be",
-        "equal at each step. Evaluations must give equal scores, sampled and greedy. Two models of 4 layers, a vocabulary of 307",
-        "tokens, documents of uneven length, 4 rows or more a step and rank.", "",
+        f"Written by `make parity`: {STEPS} steps of each stage over gloo processes on one CPU, against one process with",
+        "the same data from the same weights. *loss*: the largest error over the steps, of max(|loss|, 1). *gradient*: of the",
+        "first update, the worst parameter's ‖error‖ / max(‖gradient‖, 1e-6 of the whole's). Limits in fp64: 1e-9 and 1e-8;",
+        "in fp32 1e-5 for the first step's loss (*first*). Reinforcement learning samples its completions under each layout;",
+        "rewards must be equal at each step. Evaluations must give equal scores, sampled and greedy. Two models of 4 layers,",
+        "a vocabulary of 307 tokens, documents of uneven length, 4 rows or more a step and rank.", "",
         "| stage | layout | model | loss | first | gradient | |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for result in results:
