@@ -58,6 +58,8 @@ def run(
         print(f"{name}: received one GPU; expected two or more: nothing is measured", file=sys.stderr)
         return 1
     results = Results(machine_of(device))
+    if device.type == "cpu":
+        results.machine["ranks"] = f"{cores()} cores carry all ranks, one thread each"
     path = arguments.out / ("cpu" if device.type == "cpu" else slug(str(results.machine["card"]))) / f"{name}.json"
     results.rows = list(alone(arguments.quick))
     for num_ranks in counts:
