@@ -12,10 +12,11 @@ Expect  --steps A:B runs A steps, then records B − A. Recorded steps are slowe
 from __future__ import annotations
 
 import platform
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
 
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import SCHEDULES
@@ -81,25 +82,28 @@ def request(path: Path, overrides: list[str], stage: str | None, steps: str) -> 
 def _stage_of(path: Path, overrides: list[str]) -> str:
     if path.resolve().parent.name in STAGES:
         return path.resolve().parent.name
-    fitting, problems = [], []
-    for stage, (kind, _) in STAGES.items():
-        try:
-            load_config(kind, path, overrides)
-            fitting.append(stage)
-        except BadConfig as error:
-            problems.append(str(error))
+    keys = load_config(AnyKeys, path, overrides).model_fields_set
+    fitting = [stage for stage, (kind, _) in STAGES.items() if _fits(kind, path, overrides)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise BadConfig(f"{path} fits {' and '.join(fitting)}; say which with --stage")
-    raise BadConfig(
-        f"{path} fits no stage's keys ({_missing(path, problems)}); say which is meant with --stage {'|'.join(STAGES)}"
-    )
+    received = f"{path} has {', '.join(sorted(keys)) or 'no keys'}"
+    raise BadConfig(f"{received}; expected the keys of one of {', '.join(STAGES)}: say which is meant with --stage")
 
 
-def _missing(path: Path, problems: list[str]) -> str:
-    """A file that cannot be read at all fails the same way for every stage."""
-    return problems[0] if len(set(problems)) == 1 else f"it has {', '.join(tomllib.loads(path.read_text(encoding='utf-8')))}"
+class AnyKeys(BaseModel):
+    """A config of anything."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _fits(kind: type[TrainingConfig], path: Path, overrides: list[str]) -> bool:
+    try:
+        load_config(kind, path, overrides)
+    except BadConfig:
+        return False
+    return True
 
 
 def main(asked: Request, folder: Path, mesh: Mesh, stop: StopSignal | None = None) -> Path:
