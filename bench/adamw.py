@@ -56,7 +56,7 @@ def flat(tensors: list[torch.nn.Parameter]) -> Tensor:
 def cases(device: torch.device, is_quick: bool) -> Iterator[Case]:
     models = ((2048, 16), (4096, 8)) if device.type == "cuda" else ((128, 4), (512, 4))
     makers: dict[str, Callable[..., Any]] = {
-        "torch fused": partial(torch.optim.AdamW, fused=True, **OPTIONS),
+        "warpline (torch fused)": partial(torch.optim.AdamW, fused=True, **OPTIONS),
         "torch foreach": partial(torch.optim.AdamW, foreach=True, **OPTIONS),
         "torch for-loop": partial(torch.optim.AdamW, foreach=False, **OPTIONS),
     }

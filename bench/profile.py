@@ -1,7 +1,7 @@
 """A trace of one call of each candidate of a case, for ui.perfetto.dev, and on CUDA a snapshot of its memory.
 
 Run     warpline bench NAME --profile TEXT: the rows whose operation, sizes or candidate contain TEXT
-Writes  DIR/<machine>/profile/<row>.trace.json.gz, and on CUDA <row>.memory.pickle for pytorch.org/memory_viz
+Writes  DIR/<machine>/profile/<row>.trace.json.gz, and on CUDA <row>.memory.snapshot for pytorch.org/memory_viz
 Expect  three calls after two, each under its number; nothing is timed
 """
 
@@ -40,7 +40,7 @@ def profile(case: Case, report: Report, words: str) -> None:
         recorded.export_chrome_trace(str(path))
         print(path)
         if device.type == "cuda":
-            snapshot = folder / f"{slug(row)}.memory.pickle"
+            snapshot = folder / f"{slug(row)}.memory.snapshot"
             torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
             print(snapshot)
