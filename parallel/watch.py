@@ -3,6 +3,7 @@
 A collective's own timeout says that somebody is missing, not who. Each process watches the next rank; when that has been silent
 for nine tenths of the timeout it is lost: so say the first to find it, in the store, where every process sees it within a beat.
 Then each ends at once, collectives or not, and the lowest that is left writes why. A rank whose collective fails looks itself.
+The store lives in the first node's torchrun, or in the first rank: where it does not answer, they are gone.
 
 | calls to the store, a beat (a second; with more than 1000 ranks size/1000) | ranks      | bytes     |
 |-----------------------------------------------------------------------------|------------|-----------|
@@ -27,6 +28,7 @@ from typing import NamedTuple
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT_SECONDS = 1.0
+STORE_SECONDS = 3.0  # without the store, in which a process that is ending anyway ends
 BEATS_A_SECOND = 1000  # of all ranks together: one process answers them
 EXIT_FAILED = 4
 NAMED = 4  # ranks named in a line
@@ -84,8 +86,10 @@ class Watch:
                     last, since = seen, time.monotonic()
                 elif time.monotonic() - since > self.seconds and seen.number != "ended":
                     loss = loss or self._lose(self.own, [behind])
-            except RuntimeError:  # the store is gone with its launcher, and with it whom to tell
-                return
+            except RuntimeError:
+                if self.stopped.wait(STORE_SECONDS):
+                    return
+                loss = self._orphaned()
             if loss is not None:
                 self.end(loss)
 
@@ -108,7 +112,7 @@ class Watch:
                 time.sleep(0.05)
             return _found(self.store)
         except RuntimeError:
-            return None
+            return self._orphaned()
 
     def fail(self, what: str) -> None:
         """Tell the others that this rank ends by its own failure, so that they do not wait for it."""
@@ -122,15 +126,27 @@ class Watch:
         """Leave why in the run, and end this process: its collectives can neither finish nor be torn down."""
         self.ending.acquire()  # once: of two threads, the second waits here for the end
         try:
-            if self.rank == next(rank for rank in range(self.size) if rank not in loss.ranks):
+            if self.rank == self._heir(loss):
                 self.last_words(loss.reason)
-            for rank in loss.ranks:
-                self._kill_stopped(rank)
+            with suppress(RuntimeError):
+                for rank in loss.ranks:
+                    self._kill_stopped(rank)
         finally:
             self.leave()
 
     def leave(self) -> None:
         os._exit(EXIT_FAILED)
+
+    def _heir(self, loss: Loss) -> int:
+        return next(rank for rank in range(self.size) if rank not in loss.ranks)
+
+    def _orphaned(self) -> Loss:
+        """The store does not answer: gone with torchrun, or with the first rank where that holds it."""
+        line = f"rank 0, or the torchrun of its node, is gone with their store; rank {self.rank} is in {self.where}"
+        loss = Loss(() if self.rank == 0 else (0,), "rank 0 or its torchrun was lost", line)
+        if self.rank == self._heir(loss):
+            _say(line)
+        return loss
 
     def _silent(self, ranks: Iterable[int]) -> list[int]:
         """Those of these ranks that do not beat within three beats."""
@@ -150,7 +166,7 @@ class Watch:
         """The first to publish is believed, and says so."""
         mine = "\n".join([f"{self.rank} {' '.join(map(str, loss.ranks))}", loss.reason, loss.line])
         if store.compare_set("lost", "", mine).decode() == mine and loss.ranks:
-            print(f"warpline: {loss.line}; start it again to go on from the last checkpoint", file=sys.stderr, flush=True)
+            _say(loss.line)
         return _found(store) or loss
 
     def _kill_stopped(self, rank: int) -> None:
@@ -180,6 +196,10 @@ class Watch:
             self.own.set(f"beat/{self.rank}", f"ended - - {self.where}")
         except RuntimeError:
             return
+
+
+def _say(line: str) -> None:
+    print(f"warpline: {line}; start it again to go on from the last checkpoint", file=sys.stderr, flush=True)
 
 
 def _seen(store: Store, rank: int) -> Beat:

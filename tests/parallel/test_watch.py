@@ -104,6 +104,39 @@ def test_a_rank_that_fails_by_itself_ends_the_others_without_being_lost(ranks, c
     assert "gone or stopped" not in capsys.readouterr().err
 
 
+class GoneStore(HashStore):
+    """As a TCPStore whose server was killed."""
+
+    is_gone = False
+
+    def set(self, key, value):
+        if self.is_gone:
+            raise RuntimeError("Connection reset by peer")
+        super().set(key, value)
+
+
+def test_without_the_store_the_first_rank_or_its_torchrun_is_gone(monkeypatch, capsys):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "STORE_SECONDS", 0.1)
+    store = GoneStore()
+    ranks = [Rank(rank, 3, store) for rank in (1, 2)]
+    store.is_gone = True
+    wait_for(lambda: all(rank.has_left for rank in ranks))
+    assert [rank.said for rank in ranks] == [["rank 0 or its torchrun was lost"], []]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warpline: rank 0, or the torchrun of its node, is gone with their store; rank 1 is in start; ")
+
+
+def test_a_rank_that_is_ending_does_not_miss_the_store(monkeypatch):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+    store = GoneStore()
+    rank = Rank(1, 3, store)
+    store.is_gone = True
+    time.sleep(0.2)
+    rank.stop()
+    assert not rank.has_left and not rank.said
+
+
 def test_a_rank_that_has_ended_is_not_missed(ranks):
     time.sleep(0.1)
     ranks[2].stop()
