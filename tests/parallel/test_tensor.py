@@ -14,7 +14,8 @@ from warpline.parallel import tensor
 WORKER = Path(__file__).parent / "tensor_worker.py"
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/parallel/test_model.py has two tensor ranks in the quick tests
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_compute_what_one_process_computes_and_every_collective_is_needed(num_ranks):
     """Tied and not, K = 1 and 2, biases, Gemma's norms and caps, sinks, V and S that nothing divides."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), str(WORKER)]
