@@ -228,12 +228,12 @@ class Mesh:
         if not self.is_first:
             self.watch.wait_for(turn)
             return
+        outcome = "failed"
         try:
             work()
-        except BaseException:
-            self.watch.store.set(turn, "failed")
-            raise
-        self.watch.store.set(turn, "done")
+            outcome = "done"
+        finally:
+            self.watch.store.set(turn, outcome)
 
     def note(self, where: str) -> None:
         """Say where this rank is ("sft step 12"), for whoever finds it silent."""

@@ -347,7 +347,9 @@ class ParallelModel:
             return None
         ranks = self.mesh.ranks("pipeline")
         is_end = self.mesh.rank in (ranks[0], ranks[-1])
-        return self.mesh.new_group([ranks[0], ranks[-1]]) if is_end else None
+        # Every rank makes one: torch names a group by how many its ranks have made before.
+        group = self.mesh.new_group([ranks[0], ranks[-1]] if is_end else ranks[1:-1])
+        return group if is_end else None
 
     def reduce_gradients(self) -> None:
         """Sums over the ranks that hold the same part, once an update; a parameter without a gradient counts as 0."""

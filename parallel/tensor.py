@@ -17,7 +17,7 @@ o and down, are replicated.
 Losses leave the hidden states' gradient partial (`reduce_d_hidden=False`): the last all-gather's conjugate sums it.
 
 **Source** Megatron-LM, arXiv 1909.08053; sequence parallelism, arXiv 2205.05198.
-**Limits** Cuts a whole model that every rank has in memory. No key/value cache. N must be a multiple of n, and F too.
+**Limits** No key/value cache. N must be a multiple of n, and F too.
 """
 
 from __future__ import annotations
@@ -124,26 +124,6 @@ class TensorShards:
     group: dist.ProcessGroup
     parts: dict[str, tuple[int, list[tuple[int, int]]] | None]
     head: dict[str, Any]
-
-    def sum_replicated_gradients(self, model: nn.Module) -> None:
-        """Replicated parameters saw this rank's tokens or heads alone: add up, in one all-reduce. One without counts as 0."""
-        replicated = [p for name, p in model.named_parameters() if self.parts[name] is None and p.requires_grad]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in replicated])
-        dist.all_reduce(flat, group=self.group)
-        for parameter, gradient in zip(replicated, flat.split([p.numel() for p in replicated]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-
-    def whole(self, name: str, x: Tensor) -> Tensor:
-        """A parameter, or its gradient, of all ranks in one piece."""
-        cut = self.parts[name]
-        if cut is None:
-            return x
-        dim, bounds = cut
-        widest = max(stop - start for start, stop in bounds)
-        padded = x.new_zeros(*(widest if d == dim else size for d, size in enumerate(x.shape)))
-        padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-        parts = all_gather(padded, self.group)
-        return torch.cat([part.narrow(dim, 0, stop - start) for part, (start, stop) in zip(parts, bounds, strict=True)], dim)
 
 
 def _bounds(total: int, size: int) -> list[tuple[int, int]]:

@@ -44,6 +44,8 @@ LAYOUTS = {
     "pp2 fsdp2": (Sizes(pipeline=2, shard=2), Techniques()),
     "pp2 fsdp2 interleaved": (Sizes(pipeline=2, shard=2), Techniques(schedule="interleaved", stages_per_rank=2)),
     "fsdp2 cp2": (Sizes(shard=2, context=2), Techniques()),
+    "pp4 1f1b": (Sizes(pipeline=4), Techniques()),
+    "pp4 gpipe": (Sizes(pipeline=4), Techniques(schedule="gpipe")),
     "pp2 dp2": (Sizes(pipeline=2, replicate=2), Techniques()),
     "pp2 cp2 tp2": (Sizes(pipeline=2, context=2, tensor=2), Techniques()),
     "pp2 fsdp2 tp2": (Sizes(pipeline=2, shard=2, tensor=2), Techniques()),

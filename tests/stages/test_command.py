@@ -41,7 +41,7 @@ def warpline(monkeypatch, capsys, tmp_path):
 def test_help_lists_every_verb_that_exists_and_fits_80_columns():
     done = warpline_process("--help")
     verbs = re.findall(r"^  (\w+) ", done.stdout.partition("Commands:")[2], re.MULTILINE)
-    assert " ".join(verbs) == "line data pretrain sft preference rl distill evaluate report import export doctor"
+    assert " ".join(verbs) == "line data pretrain sft preference rl distill evaluate report import export doctor profile bench"
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
