@@ -18,7 +18,8 @@ class LinearLossHead(Linear):
     def forward(self, hidden, labels=None):
         if labels is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), reduction="sum")
+        whole = {"vocab_size": self.out_features}  # a shard of the vocabulary is refused
+        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten(), reduction="sum", **whole)
 
 
 class LinearLoss(ChunkedLossWrapper):
