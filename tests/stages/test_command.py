@@ -71,7 +71,7 @@ def test_a_stage_prints_its_checkpoint_and_writes_config_and_end(sft_config, tmp
         (["files=[]"], "files = []"),
         (['files=["missing.jsonl"]'], "missing.jsonl"),
         (['start="nowhere"'], "nowhere: no such folder"),
-        (["parallel.replicate=2"], "parallel.replicate is 2 but 1 process(es)"),
+        (["parallel.replicate=2"], "replicate=2 is 2 rank(s) but 1 process(es)"),
         (["tokens_per_step=3"], "expected at most tokens_per_step = 3"),
         (["optimizer.learning_rate=inf"], "optimizer.learning_rate = inf"),
         (["max_tokens=5"], "sft.jsonl:1"),
@@ -96,7 +96,7 @@ def test_an_unforeseen_failure_keeps_its_traceback_and_ends_with_code_4(warpline
     def broken(*arguments):
         raise ZeroDivisionError("unforeseen")
 
-    monkeypatch.setattr("warpline.stages.sft.load_start", broken)
+    monkeypatch.setattr("warpline.stages.sft.start_from", broken)
     code, _, stderr = warpline("sft", sft_config)
     assert code == 4 and "ZeroDivisionError: unforeseen" in stderr and "Traceback" in stderr
     assert json.loads((tmp_path / "runs" / "sft" / "ended.json").read_text())["reason"] == "failed: ZeroDivisionError"
