@@ -1,7 +1,7 @@
-"""What benches of several ranks share: starting the ranks, the bandwidth between two, and one file of results each.
+"""What benches of several ranks share: starting the ranks, and the bandwidth between two.
 
 Run     by `context_parallel` and `pipeline`, which start their own ranks
-Writes  DIR/cpu/<bench>.json, or DIR/<card>/<bench>.json, in the form of `rows`
+Writes  DIR/<machine>/<date>-<commit>.json, where the suite's rows are
 Expect  on a CPU all ranks share its cores, one thread each: with more ranks than cores a time can at best be that of the cores,
         and shows the shape of scaling, not the speed of a cluster
 """
@@ -23,9 +23,8 @@ import torch
 import torch.distributed as dist
 
 from ..parallel.mesh import Mesh, num_processes
-from .machine import machine_of
-from .measure import interquartile_range, synchronise
-from .rows import RESULTS, Bench, Results, Row, save, slug
+from .measure import Report, interquartile_range, synchronise
+from .rows import RESULTS, Row
 from .table import table
 
 
@@ -57,22 +56,18 @@ def run(
     if not counts:
         print(f"{name}: received one GPU; expected two or more: nothing is measured", file=sys.stderr)
         return 1
-    results = Results(machine_of(device))
-    if device.type == "cpu":
-        results.machine["ranks"] = f"{cores()} cores carry all ranks, one thread each"
-    path = arguments.out / ("cpu" if device.type == "cpu" else slug(str(results.machine["card"]))) / f"{name}.json"
-    results.rows = list(alone(arguments.quick))
+    report = Report(arguments.out, device)
+    report.start(name, arguments.quick)
+    report.absent(absent)
+    for row in alone(arguments.quick):
+        report.add(row)
     for num_ranks in counts:
-        results.rows += _ranks(name, num_ranks, ["--quick"] * arguments.quick)
-        results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
-        results.benches[name] = Bench("running", arguments.quick, round(time.monotonic() - started, 1), absent)
-        for row in results.rows:
-            row.bench = name
-        save(results, path)
-    is_right = all(row.check in ("", "passed") for row in results.rows)
-    results.benches[name].ended = "complete" if is_right else "failed: a check"
-    save(results, path)
-    print(table(results, [name]), path, sep="\n")
+        for row in _ranks(name, num_ranks, ["--quick"] * arguments.quick):
+            report.add(row)
+    report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
+    is_right = all(row.check in ("", "passed") for row in report.results.rows if row.bench == name)
+    report.end("complete" if is_right else "failed: a check", time.monotonic() - started)
+    print(table(report.results, [name]), report.path, sep="\n")
     return int(not is_right)
 
 

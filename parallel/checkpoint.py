@@ -73,20 +73,21 @@ def write_manifest(folder: Path, entries: dict[str, dict[str, Any]] | None = Non
     path = folder / MANIFEST
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
-    _flush(path)
-    _flush(folder)
+    sync(path)
+    sync(folder)
 
 
 def flush(folder: Path) -> list[str]:
     """Every file of the folder but the manifest, once they are on disk (fsync)."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     for name in names:
-        _flush(folder / name)
-    _flush(folder)
+        sync(folder / name)
+    sync(folder)
     return names
 
 
-def _flush(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file, or a folder's names, is on disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,7 +138,7 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    _flush(folder)
+    sync(folder)
     if old.exists():
         shutil.rmtree(old)
     for path in checkpoints(folder)[keep:]:

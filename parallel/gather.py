@@ -34,8 +34,8 @@ class WholeDecoder:
 
     def __init__(self, model: ParallelModel, template: Any):
         self.model, self.template, self.config = model, template, model.config
+        self.mine, mesh = dict(model.named_parameters()), model.mesh
         self.owners = self._owners()
-        mesh = model.mesh
         axes = ("shard", "context", "tensor") if model.is_sharded else ("tensor",)
         self.part_group, self.part_ranks = mesh.group(*axes), mesh.ranks(*axes)
         self.outer: dict[str, Tensor] = {}
@@ -80,9 +80,7 @@ class WholeDecoder:
         model = self.model
         if model.pipeline_group is None:
             return dict.fromkeys(model.whole_shapes, 0)
-        here = torch.tensor(
-            [float(name in dict(model.named_parameters())) for name in model.whole_shapes], device=model.mesh.device
-        )
+        here = torch.tensor([float(name in self.mine) for name in model.whole_shapes], device=model.mesh.device)
         parts = [torch.empty_like(here) for _ in range(model.pipeline_group.size())]
         dist.all_gather(parts, here, group=model.pipeline_group)
         return dict(zip(model.whole_shapes, torch.stack(parts).argmax(0).tolist(), strict=True))
@@ -91,12 +89,11 @@ class WholeDecoder:
     def _gathered(self, names: Sequence[str]) -> dict[str, Tensor]:
         """These parameters whole, in one exchange; all belong to one stage."""
         model = self.model
-        mine, dtype = dict(model.named_parameters()), model.hidden_dtype
-        owner = self.owners[names[0]]
+        owner, dtype = self.owners[names[0]], model.hidden_dtype
         is_here = model.mesh.place.pipeline == owner
         whole = {name: torch.empty(model.whole_shapes[name], dtype=dtype, device=model.mesh.device) for name in names}
         if is_here:
-            flat = torch.cat([local(mine[name].detach()).to(model.mesh.device, dtype).flatten() for name in names])
+            flat = torch.cat([local(self.mine[name].detach()).to(model.mesh.device, dtype).flatten() for name in names])
             for place, part in zip(self._places(), self._parts(flat, names), strict=True):
                 start = 0
                 for name in names:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,19 +55,9 @@ from ..kernels.vocabulary_sweep import all_gather
 from .context import ContextBatch
 from .megatron_layer import Norm, PackedRow, layer_spec
 from .megatron_weights import Part, padded_vocabulary, parts, shard, unshard
+from .model import Packed
 
 IGNORED = -100
-
-
-class Batch(Protocol):
-    """A microbatch on the host: documents end to end, bounded by `cu_seqlens`; targets −100 do not count."""
-
-    @property
-    def tokens_T(self) -> Tensor: ...
-    @property
-    def target_T(self) -> Tensor: ...
-    @property
-    def cu_seqlens(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -306,7 +296,7 @@ class MegatronEngine:
 
     # ---- A step ----
 
-    def accumulate(self, batches: Sequence[Batch], counted: float) -> Tensor:
+    def accumulate(self, batches: Sequence[Packed], counted: float) -> Tensor:
         """Leaves the gradient of the loss, and gives the loss: the negative log-likelihood, in nats, of all batches of all
         data ranks, divided by `counted`; the same number [] on every rank."""
         for chunk in self.chunks:
@@ -315,7 +305,7 @@ class MegatronEngine:
             self.optimizer.zero_grad()
         return self._run(batches, counted, forward_only=False)
 
-    def evaluate(self, batches: Sequence[Batch], counted: float) -> Tensor:
+    def evaluate(self, batches: Sequence[Packed], counted: float) -> Tensor:
         """The loss as `accumulate` gives it, without gradients."""
         with torch.no_grad():
             return self._run(batches, counted, forward_only=True)
@@ -331,7 +321,7 @@ class MegatronEngine:
             self.optimizer.step()
         return norm
 
-    def _run(self, batches: Sequence[Batch], counted: float, forward_only: bool) -> Tensor:
+    def _run(self, batches: Sequence[Packed], counted: float, forward_only: bool) -> Tensor:
         if not batches:
             raise ValueError("received no batches; expected at least one a data rank: give one whose targets are all -100")
         if self.layout.stages_per_rank > 1 and len(batches) % self.layout.pipeline:
@@ -358,7 +348,7 @@ class MegatronEngine:
         dist.all_reduce(total, group=self.groups.pp)  # the last stage has it, the others 0
         return total
 
-    def _rows(self, batches: Sequence[Batch]) -> list[_Row]:
+    def _rows(self, batches: Sequence[Packed]) -> list[_Row]:
         group = self.groups.cp if self.layout.context > 1 else None
         lengths = [self.layout.padded(len(batch.tokens_T)) for batch in batches]
         if self.layout.pipeline > 1:

@@ -5,7 +5,7 @@ Axes, outermost first: `pipeline` (layers), `replicate` and `shard` (a step's wo
 
 | collective                          | ranks            | bytes a rank                          |
 |-------------------------------------|------------------|---------------------------------------|
-| `sum`, `max`: a few host numbers    | all              | 8 a number                            |
+| `sum`, `max`: a few host numbers    | all, n           | 2·(n−1)/n·8 a number                  |
 | `gather`: what ranks have, as JSON  | of some axes     | the longest one's, from every rank    |
 
 A collective that waits longer than the timeout ends its job; `watch.py` gives the rank to blame its name.
@@ -153,9 +153,10 @@ class Mesh:
 
     def shard_mesh(self) -> DeviceMesh | None:
         """What FSDP cuts parameters over: `shard` and `context` as one axis, behind `replicate` where that is more than 1."""
-        shard = self.group("shard", "context")
-        if self.sizes.shard == 1 or shard is None:
+        if self.sizes.shard == 1:
             return None
+        shard = self.group("shard", "context")
+        assert shard is not None
         ranks = self.ranks("replicate", "shard", "context")
         if self.sizes.replicate == 1:
             return DeviceMesh.from_group(shard, self.device.type, mesh=ranks, mesh_dim_names=("shard",))

@@ -150,14 +150,10 @@ def _evaluate(config: evaluate.EvaluateStageConfig, run: RunFolder, mesh: Mesh, 
         print(" ".join(f"{name}={value}" for name, value in score.items()))
 
 
-def _pretrain(config: pretrain.PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal) -> Path:
-    return {"warpline": pretrain.main, "megatron": pretrain_megatron.main}[config.engine](config, run, mesh, stop)
-
-
 VERBS: dict[str, tuple[type[Config], Callable, str]] = {
     "line": (line.LineConfig, _whole_line, "Run every stage in order, resumable, and report."),
     "data": (data.DataStageConfig, _data, "From text to a tokenizer and token shards."),
-    "pretrain": (pretrain.PretrainStageConfig, _stage("pretrain", _pretrain), "Pretrain on packed documents."),
+    "pretrain": (pretrain.PretrainStageConfig, _stage("pretrain", pretrain_megatron.train), "Pretrain on packed documents."),
     "sft": (sft.SftStageConfig, _stage("sft", sft.main), "Fine-tune on conversations."),
     "preference": (
         preference.PreferenceStageConfig,
@@ -212,9 +208,8 @@ def import_(
     """
     with Outcome():
         decoder, tokenizer = load_start(folder, torch.device("cpu"))
-        idle = torch.optim.AdamW(decoder.parameters())
         state = {"stage": "import", "step": 0, "num_updates": 0}
-        print(save_checkpoint(run / "checkpoints" / "import", 0, decoder, idle, tokenizer, state, keep=1))
+        print(save_checkpoint(run / "checkpoints" / "import", 0, decoder, None, tokenizer, state, keep=1))
 
 
 @app.command("export")
@@ -276,6 +271,8 @@ def profile_(
     with outcome:
         asked = profile.request(config, overrides or [], stage, steps)
         folder = run or Path("runs") / f"profile_{config.stem}"
+        if microbatches and not schedule:
+            raise BadConfig(f"received --microbatches {microbatches} without --schedule; expected both: it is drawn, never run")
         if schedule:
             print(profile.draw(asked, microbatches))
         elif sweep:

@@ -7,7 +7,7 @@ Writes  RUN/checkpoints/distill/step-N, RUN/metrics.jsonl
 Expect  loss = divergence_weight · divergence + label_weight · cross-entropy, each a mean in nats per counted token
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -83,15 +83,15 @@ def main(
         [len(sample.ids) for sample in samples], config.tokens_per_step, seed_of(config.seed, "distill", "order"), session.step
     )
 
+    def batches_of(indices: Sequence[int], windows: list[int]) -> list[PackedBatch]:
+        return [*microbatches([[samples[i]] for i in indices], config.tokens_per_microbatch), *text.batches(windows)]
+
     # -- The loop --------------------------------------------------------------------------------------------------------------
     for step in session.steps():
-        rows = [
-            [*microbatches([[samples[index]] for index in part], config.tokens_per_microbatch), *text.batches(windows)]
-            for part, windows in zip(mesh.shares(next(order)), mesh.shares(text.windows(step)), strict=True)
-        ]  # of every data rank: a teacher of another layout computes them in other shares
-        batches = rows[mesh.data_rank]
+        parts = list(zip(mesh.shares(next(order)), mesh.shares(text.windows(step)), strict=True))  # of every data rank
+        batches = batches_of(*parts[mesh.data_rank])
         counted, read = mesh.sum_data([num_targets(batches), num_tokens(batches)])  # over all ranks and microbatches
-        hidden = teacher.hidden(rows)
+        hidden = teacher.hidden(batches, [partial(batches_of, *part) for part in parts])
         head = partial(losses, config, teacher, hidden, max(counted, 1))
         divergence, cross_entropy = (value / max(counted, 1) for value in session.model.accumulate(batches, head, 2))
         loss = config.divergence_weight * divergence + config.label_weight * cross_entropy
@@ -122,14 +122,15 @@ class Teacher:
         huggingface.load_pieces(Path(config.teacher), {name: Piece(weight, (teacher.vocab_size, teacher.width), (first, 0))})
         return weight
 
-    def hidden(self, rows: Sequence[Sequence[PackedBatch]]) -> list[Tensor]:
-        """The final hidden states of each of this rank's rows ([t, U] of the tokens that are here, where losses are computed),
-        of the rows of every data rank."""
+    def hidden(self, batches: Sequence[PackedBatch], of_ranks: Sequence[Callable[[], list[PackedBatch]]]) -> list[Tensor]:
+        """The final hidden states of each of this rank's rows ([t, U] of the tokens that are here, where losses are computed).
+        A teacher of another layout computes the rows of every data rank, which `of_ranks` make, in shares of its own."""
         if not self.is_needed:
             return []
         mine = self.student.mesh.data_rank
         if not self.has_other_layout:
-            return self.model.evaluate(rows[mine], lambda view, hidden_TU, weight: hidden_TU)
+            return self.model.evaluate(batches, lambda view, hidden_TU, weight: hidden_TU)
+        rows = [make() for make in of_ranks]
         owners, flat = [owner for owner, part in enumerate(rows) for _ in part], [row for part in rows for row in part]
         places = self.model.mesh.share(list(range(len(flat))))
         found = self.model.evaluate([flat[place] for place in places], lambda view, hidden_TU, weight: (view, hidden_TU))

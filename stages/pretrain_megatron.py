@@ -19,6 +19,7 @@ from ..data.packing import num_windows, text_batch, windows_of_step
 from ..data.shards import TokenShards
 from ..models.decoder import Decoder
 from ..parallel.mesh import ALONE, Mesh
+from . import pretrain
 from .parts.checkpoint import checkpoints, save_checkpoint
 from .parts.config import BadConfig, ParallelConfig
 from .parts.model import build
@@ -111,5 +112,12 @@ def _save(folder: Path, step: int, decoder: Decoder, weights: dict, begin, confi
     for name, parameter in decoder.named_parameters():
         parameter.copy_(weights[name])
     state = {"stage": "pretrain", "step": step, "num_updates": 0, "engine": "megatron"}
-    idle = torch.optim.AdamW(decoder.parameters())
-    save_checkpoint(folder, step, decoder, idle, begin.tokenizer, state, config.keep_checkpoints)
+    save_checkpoint(folder, step, decoder, None, begin.tokenizer, state, config.keep_checkpoints)
+
+
+ENGINES = {"warpline": pretrain.main, "megatron": main}
+
+
+def train(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
+    """`main` of the engine that the config names."""
+    return ENGINES[config.engine](config, run, mesh, stop)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import SCHEDULES
-from . import distill, preference, pretrain, rl, sft
+from . import distill, preference, pretrain, pretrain_megatron, rl, sft
 from .parts.config import BadConfig, ParallelConfig, TrainingConfig, load_config
 from .parts.file import write_atomic, write_json
 from .parts.profile_merge import chosen_ranks, write_merged
@@ -44,7 +44,7 @@ from .parts.progress import console
 from .parts.session import StopSignal
 
 STAGES: dict[str, tuple[type[TrainingConfig], Callable[..., Path]]] = {
-    "pretrain": (pretrain.PretrainStageConfig, pretrain.main),
+    "pretrain": (pretrain.PretrainStageConfig, pretrain_megatron.train),
     "sft": (sft.SftStageConfig, sft.main),
     "preference": (preference.PreferenceStageConfig, preference.main),
     "rl": (rl.RlStageConfig, rl.main),

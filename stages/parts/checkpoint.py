@@ -18,7 +18,6 @@ from ...models.decoder import Decoder, DecoderConfig
 from ...parallel.checkpoint import BadCheckpoint, Piece, Saver, Whole, plan, read_into, sweep
 from ...parallel.checkpoint import checkpoints as checkpoints
 from ...parallel.checkpoint import damage as damage
-from ...parallel.checkpoint import write_manifest as write_manifest
 from .config import BadConfig
 from .file import read_json, write_json
 
@@ -103,17 +102,17 @@ def save_checkpoint(
     folder: Path,
     step: int,
     decoder: Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     tokenizer: ChatTokenizer,
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` of a whole model, and remove all but the newest `keep`; `load_state` returns `state`."""
+    """Write `folder/step-N` of a whole model, and remove all but the newest `keep`. Without an optimiser its moments are 0."""
     saver = Saver(None)
     model = {name: Piece.of(parameter) for name, parameter in decoder.named_parameters()}
     moments = {}
     for name, parameter in decoder.named_parameters():
-        made = optimizer.state.get(parameter, {})
+        made = {} if optimizer is None else optimizer.state.get(parameter, {})
         for moment in MOMENTS:
             moments[f"{moment}.{name}"] = Piece.of(made[moment] if moment in made else torch.zeros_like(parameter))
     Checkpoints(folder, saver, keep).save(step, decoder.config, tokenizer, state, model, moments)
@@ -121,37 +120,25 @@ def save_checkpoint(
     return folder / f"step-{step}"
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """`Checkpoints.latest` for one process."""
-    return Checkpoints(folder, Saver(None), keep=1).latest(warn)
-
-
-def load_state(checkpoint: Path, decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Give the optimiser of a whole model its moments, and return state.json."""
-    moments = {
-        name: Piece.of(torch.empty_like(parameter)) for of, parameter in decoder.named_parameters() for name in moment_names(of)
-    }
-    state = load_moments(checkpoint, moments)
-    for name, parameter in decoder.named_parameters():
-        made = {moment: moments[f"{moment}.{name}"].tensor for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(state["num_updates"])), **made}
-    return state
-
-
-def load_start(folder: Path, device: torch.device) -> tuple[Decoder, ChatTokenizer]:
-    """A model to start from, in fp32: a checkpoint of ours (its digests are verified) or any Hugging Face folder."""
+def read_start(folder: Path, damage_of: Callable[[Path], str | None] = damage) -> tuple[DecoderConfig, ChatTokenizer]:
+    """What a model may start from, refused if it cannot: a checkpoint of ours, verified by `damage_of`, or any Hugging Face
+    folder."""
     if not folder.is_dir():
         raise BadConfig(f"{folder}: no such folder; give a checkpoint (…/step-N) or a Hugging Face folder")
     if (folder / "checkpoints").is_dir():
         raise BadConfig(f"{folder} is a run; give one of its checkpoints (checkpoints/<stage>/step-N) or its release/ folder")
-    if (folder / "manifest.json").exists() and (problem := damage(folder)):
+    if (folder / "manifest.json").exists() and (problem := damage_of(folder)):
         raise BadConfig(f"checkpoint {folder} is damaged: {problem}; use an earlier one")
-    decoder = huggingface.load(folder, device=device, dtype=torch.float32)
-    tokenizer = ChatTokenizer.load(folder)
-    if tokenizer.vocab_size > decoder.config.vocab_size:
+    config, tokenizer = huggingface.read_config(folder), ChatTokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
         raise BadConfig(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only "
-            f"{decoder.config.vocab_size}; "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {config.vocab_size}; "
             "use the tokenizer the model was trained with"
         )
-    return decoder, tokenizer
+    return config, tokenizer
+
+
+def load_start(folder: Path, device: torch.device) -> tuple[Decoder, ChatTokenizer]:
+    """A whole model, in fp32, and its tokenizer."""
+    _, tokenizer = read_start(folder)
+    return huggingface.load(folder, device=device, dtype=torch.float32), tokenizer

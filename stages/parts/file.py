@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...parallel.checkpoint import sync
 from .config import BadConfig
 
 
@@ -17,7 +18,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,11 +30,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadConfig(f"{path}: not valid JSON ({error}); restore or delete it") from error
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

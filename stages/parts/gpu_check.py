@@ -60,7 +60,8 @@ class Reading:
 
 def read_device(device: torch.device) -> Reading:
     size = ON_GPU if device.type == "cuda" else ON_CPU
-    a, b = (torch.ones(size.product, size.product, dtype=size.dtype, device=device) for _ in range(2))
+    # Random numbers: a card draws less power, and clocks higher, on ones or zeros.
+    a, b = (torch.randn(size.product, size.product, dtype=size.dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     telemetry: dict[str, Any] = {}
 
@@ -68,7 +69,7 @@ def read_device(device: torch.device) -> Reading:
         telemetry.update(_telemetry(device))
 
     seconds = timed(lambda: torch.mm(a, b, out=out), device, during)
-    source = torch.zeros(size.copy_bytes, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size.copy_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = timed(lambda: target.copy_(source), device)
     is_cuda = device.type == "cuda"

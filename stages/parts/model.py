@@ -19,6 +19,7 @@ from ...parallel.checkpoint import damage
 from ...parallel.gather import WholeDecoder
 from ...parallel.mesh import Mesh
 from ...parallel.model import ParallelModel, Techniques
+from .checkpoint import read_start
 from .config import BadConfig, ParallelConfig
 from .precision import autocast, choose_precision, product_dtype
 from .seed import seed_of
@@ -35,20 +36,12 @@ class Start:
 
 def start_from(folder: Path, mesh: Mesh) -> Start:
     """A checkpoint of ours (the ranks share out the verification of its digests) or any Hugging Face folder."""
-    if not folder.is_dir():
-        raise BadConfig(f"{folder}: no such folder; give a checkpoint (…/step-N) or a Hugging Face folder")
-    if (folder / "checkpoints").is_dir():
-        raise BadConfig(f"{folder} is a run; give one of its checkpoints (checkpoints/<stage>/step-N) or its release/ folder")
-    if (folder / "manifest.json").exists():
-        problems = mesh.gather([damage(folder, mesh.rank, mesh.size)], *mesh.sizes._fields)
-        for problem in (problem for problem in problems if problem):
-            raise BadConfig(f"checkpoint {folder} is damaged: {problem}; use an earlier one")
-    config, tokenizer = huggingface.read_config(folder), ChatTokenizer.load(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise BadConfig(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {config.vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
+
+    def damage_of(folder: Path) -> str | None:
+        found = mesh.gather([damage(folder, mesh.rank, mesh.size)], *mesh.sizes._fields)
+        return next((problem for problem in found if problem), None)
+
+    config, tokenizer = read_start(folder, damage_of)
     return Start(config, tokenizer, lambda model: huggingface.load_pieces(folder, model.pieces()))
 
 

@@ -183,7 +183,9 @@ class Session:
             state = self.optimizer.state[parameter]
             state.setdefault("step", torch.zeros((), device=parameter.device))
             for moment, of in zip(moment_names(name), MOMENTS, strict=True):
-                pieces[moment] = self.model.piece(name, state.setdefault(of, torch.zeros_like(parameter)))
+                if of not in state:
+                    state[of] = torch.zeros_like(parameter)
+                pieces[moment] = self.model.piece(name, state[of])
         return pieces
 
     def _save(self) -> None:

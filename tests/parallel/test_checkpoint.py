@@ -23,6 +23,7 @@ from warpline.parallel.checkpoint import (
     read_into,
     share,
     sweep,
+    sync,
     write_manifest,
 )
 
@@ -225,3 +226,8 @@ def test_pieces_on_a_gpu_are_saved_as_they_were(tmp_path):
     back = torch.empty(1000, 900, dtype=torch.float32, device="cuda")
     read_into(tmp_path / "step-1", "model", {"x": Piece.of(back)})
     assert torch.equal(back.cpu(), expected.float())
+
+
+def test_syncing_what_is_missing_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "missing")

@@ -84,7 +84,7 @@ def distilled(tmp_path, tiny_decoder, tokenizer, start_of):
         session = Session("distill", config, RunFolder(tmp_path / "run"), start_mesh(), config.parallel, lambda: start)
         teacher = Teacher(config, start_from(tmp_path / "teacher", start_mesh()), session)
         rows = [pack([Sample([1, 2, 3, 4], [False, True, True, True], "test")]), pack([Sample([5, 6], [False, True], "test")])]
-        head = partial(losses, config, teacher, teacher.hidden([rows]), 4.0)
+        head = partial(losses, config, teacher, teacher.hidden(rows, [lambda: rows]), 4.0)
         divergence, cross_entropy = session.model.accumulate(rows, head, 2)
         return decoder_of, rows, session.model, teacher, divergence, cross_entropy
 

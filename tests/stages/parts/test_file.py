@@ -1,6 +1,6 @@
 import pytest
 
-from warpline.stages.parts.file import read_json, sync_folder, write_atomic, write_json
+from warpline.stages.parts.file import read_json, write_atomic, write_json
 
 
 def test_writing_replaces_and_leaves_nothing_beside(tmp_path):
@@ -15,8 +15,3 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", object())
     assert read_json(tmp_path / "a.json") == 1
-
-
-def test_syncing_a_missing_folder_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        sync_folder(tmp_path / "missing")
