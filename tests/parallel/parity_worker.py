@@ -27,6 +27,7 @@ from warpline.stages import distill, evaluate, preference, pretrain, rl, sft
 from warpline.stages.parts.config import ParallelConfig
 from warpline.stages.parts.run import RunFolder
 
+SAME = ("tokens", "reward", "completion_tokens", "ended")  # of every step, exactly; the last three where a stage samples
 MAIN = {module.__name__.rpartition(".")[2]: module for module in (pretrain, sft, preference, rl, distill, evaluate)}
 
 
@@ -116,7 +117,7 @@ def main() -> None:
                 "loss": max(abs(a["loss"] - b["loss"]) / max(abs(b["loss"]), 1.0) for a, b in pairs),
                 "first loss": abs(pairs[0][0]["loss"] - pairs[0][1]["loss"]) / max(abs(pairs[0][1]["loss"]), 1.0),
                 "gradient": gradient_error(gradients, Path(f"{reference}.safetensors")),
-                "same data": all(a["tokens"] == b["tokens"] and a.get("reward") == b.get("reward") for a, b in pairs),
+                "same data": all(a.get(name) == b.get(name) for a, b in pairs for name in SAME),
             }
         result["seconds"] = time.monotonic() - started
         if rank == 0:
