@@ -8,7 +8,7 @@ Ranks   `load_pieces` reads the rectangles that a rank holds; `wholes`, `plan` a
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,21 +61,29 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return decoder
 
 
-def load_pieces(folder: str | Path, pieces: dict[str, Piece]) -> None:
-    """Fill pieces of parameters, by our names, from a Hugging Face folder, checked as `load` checks; a rank reads its own
+def reader(folder: str | Path) -> Callable[[dict[str, Piece]], None]:
+    """What fills pieces of parameters, by our names, from a Hugging Face folder, checked as `load` checks; a rank reads its own
     bytes alone, whatever wrote the folder. A tied head that is stored again is compared where the embedding is filled.
     """
     folder = Path(folder)
     decoder = _on_meta(read_config(folder))
     stored = _stored(folder, decoder)
     shape = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
-    for name, piece in pieces.items():
-        if shape.get(name) != piece.shape:
-            there = list(shape[name]) if name in shape else "absent"
-            raise BadCheckpoint(
-                f"{folder}: {name} is {list(piece.shape)} in the model but {there} in config.json; load a folder of this model"
-            )
-    _fill(stored, pieces, decoder.config)
+
+    def fill(pieces: dict[str, Piece]) -> None:
+        for name, piece in pieces.items():
+            if shape.get(name) != piece.shape:
+                there = list(shape[name]) if name in shape else "absent"
+                is_here = f"{name} is {list(piece.shape)} in the model"
+                raise BadCheckpoint(f"{folder}: {is_here} but {there} in config.json; load a folder of this model")
+        _fill(stored, pieces, decoder.config)
+
+    return fill
+
+
+def load_pieces(folder: str | Path, pieces: dict[str, Piece]) -> None:
+    """`reader`, once."""
+    reader(folder)(pieces)
 
 
 def wholes(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Whole]:

@@ -39,6 +39,7 @@ from .tensor_file import Plan, check_piece, create, write
 from .tensor_file import Whole as Whole
 from .tensor_file import plan as plan
 from .tensor_file import read_into as read_into
+from .tensor_file import reader as reader
 
 MANIFEST = "manifest.json"
 Contents = tuple[Plan, dict[str, Piece]]

@@ -52,8 +52,10 @@ from torch.autograd.function import once_differentiable
 from ..kernels.linear_logprob import linear_cross_entropy
 from ..kernels.rope import rope_tables
 from ..kernels.vocabulary_sweep import all_gather
+from .checkpoint import Piece
 from .context import ContextBatch
 from .megatron_layer import Norm, PackedRow, layer_spec
+from .megatron_optimizer import count_updates, kept
 from .megatron_weights import Part, padded_vocabulary, parts, shard, unshard
 from .model import Packed
 
@@ -373,6 +375,48 @@ class MegatronEngine:
             raise ValueError("received an engine with Adam, whose gradients are cut over ranks; expected none: pass adam=None")
         return self._whole(lambda parameter: parameter.main_grad)
 
+    # ---- Checkpoints ----
+
+    @torch.no_grad()
+    def pieces(self, of: str = "param") -> dict[str, Piece]:
+        """The decoder's parameters in fp32, as the optimiser keeps them, or a moment of theirs ("exp_avg", "exp_avg_sq"): a
+        stage's are whole in the host memory of one of its ranks; the others have nothing to write."""
+        writes = self.groups.tp.rank() == self.groups.dp_cp.rank() == 0
+        found = {}
+        for _, part, parameter in self._own_parameters():
+            x = torch.zeros(parameter.numel(), dtype=torch.float32, device=self.device)
+            if (mine := kept(self.optimizer, parameter)) is not None:
+                x[mine.place] = mine.weights if of == "param" else mine.state.get(of, 0.0)
+            dist.all_reduce(x, group=self.groups.dp_cp)
+            shards = all_gather(x.view_as(parameter), self.groups.tp).unbind()
+            for key, whole in unshard(part, shards, self.shape).items():
+                host = whole.cpu() if writes else torch.zeros(()).expand(whole.shape)
+                found[key] = Piece.of(host)._replace(writes=writes)
+        return found
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
+        """The optimiser as it was after that many updates: whole fp32 `weights`, and `moments` by kind, by the decoder's names.
+        The model itself was made with these weights."""
+        rank, size = self.groups.tp.rank(), self.groups.tp.size()
+        for chunk in self.chunks:
+            for _, part, parameter in self._named_parameters(chunk.module):
+                if (mine := kept(self.optimizer, parameter)) is not None:
+                    mine.weights.copy_(shard(part, weights, self.shape, rank, size).flatten()[mine.place])
+                    for kind, wholes in moments.items():
+                        moment = shard(part, wholes, self.shape, rank, size).flatten()[mine.place]
+                        mine.state[kind] = moment.to(mine.weights, copy=True)
+        count_updates(self.optimizer, num_updates)
+
+    # ---- Parameters ----
+
+    def _own_parameters(self) -> Iterator[tuple[str, Part, Any]]:
+        """This rank's, a tied one once over all stages."""
+        for chunk in self.chunks:
+            for name, part, parameter in self._named_parameters(chunk.module):
+                if not (self.shape.tie_embeddings and name == "output_layer.weight"):
+                    yield name, part, parameter
+
     def _named_parameters(self, model: MegatronDecoder) -> Iterator[tuple[str, Part, Any]]:
         """(name with layers counted from the model's first, its part, parameter)."""
         for name, parameter in model.named_parameters():
@@ -390,9 +434,7 @@ class MegatronEngine:
 
     def _whole(self, value: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         """Stage after stage, tensor after tensor: over stages by broadcast, over tensor ranks by all-gather."""
-        own = {name: value(p) for chunk in self.chunks for name, _, p in self._named_parameters(chunk.module)}
-        if self.shape.tie_embeddings:
-            own.pop("output_layer.weight", None)
+        own = {name: value(parameter) for name, _, parameter in self._own_parameters()}
         inventories: list[Any] = [None] * self.groups.pp.size()
         dist.all_gather_object(inventories, {name: list(x.shape) for name, x in own.items()}, group=self.groups.pp)
         found: dict[str, Tensor] = {}

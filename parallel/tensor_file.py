@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,18 +285,28 @@ def _header(path: Path) -> dict[str, Stored]:
     }
 
 
-def read_into(folder: Path, stem: str, pieces: dict[str, Piece]) -> None:
-    """Fills every piece's tensor in place, whatever cut the files were written from; only its own bytes are read."""
+def reader(folder: Path, stem: str) -> Callable[[dict[str, Piece]], None]:
+    """What fills every piece's tensor in place, whatever cut the files were written from; only its own bytes are read, and the
+    files' headers once."""
     stored = stored_tensors(folder, stem)
-    for name, piece in pieces.items():
-        if name not in stored:
-            raise BadCheckpoint(f"{folder}: tensor {name} is missing from its {stem} files; take another checkpoint")
-        if stored[name].shape != piece.shape:
-            raise BadCheckpoint(
-                f"{stored[name].path}: tensor {name} has shape {list(stored[name].shape)}, not the model's "
-                f"{list(piece.shape)}; take a checkpoint of this model"
-            )
-    read_pieces(stored, pieces)
+
+    def fill(pieces: dict[str, Piece]) -> None:
+        for name, piece in pieces.items():
+            if name not in stored:
+                raise BadCheckpoint(f"{folder}: tensor {name} is missing from its {stem} files; take another checkpoint")
+            if stored[name].shape != piece.shape:
+                raise BadCheckpoint(
+                    f"{stored[name].path}: tensor {name} has shape {list(stored[name].shape)}, not the model's "
+                    f"{list(piece.shape)}; take a checkpoint of this model"
+                )
+        read_pieces(stored, pieces)
+
+    return fill
+
+
+def read_into(folder: Path, stem: str, pieces: dict[str, Piece]) -> None:
+    """`reader`, once."""
+    reader(folder, stem)(pieces)
 
 
 def read_pieces(stored: dict[str, Stored], pieces: dict[str, Piece]) -> None:

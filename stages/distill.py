@@ -24,7 +24,7 @@ from ..models import huggingface
 from ..models.decoder import DecoderConfig, DecoderShape
 from ..parallel.checkpoint import Piece
 from ..parallel.mesh import Mesh, other_layout
-from ..parallel.model import Loss, ParallelModel, View
+from ..parallel.model import Loss, View
 from .parts.config import BadConfig, ParallelConfig
 from .parts.model import Start, fresh, frozen, start_from
 from .parts.run import RunFolder
@@ -195,12 +195,12 @@ def shallow(teacher: Start, folder: Path, layers: Sequence[int]) -> Start:
     windows = [teacher.config.window(layer) or 0 for layer in layers]
     config = DecoderConfig(**(teacher.config.model_dump() | {"num_layers": len(layers), "windows": windows}))
 
-    def fill(model: ParallelModel) -> None:
-        pieces = model.pieces()
-        huggingface.load_pieces(folder, {name: piece for name, piece in pieces.items() if not name.startswith("layers.")})
+    def fill(pieces: dict[str, Piece]) -> None:
+        read = huggingface.reader(folder)
+        read({name: piece for name, piece in pieces.items() if not name.startswith("layers.")})
         for index, layer in enumerate(layers):
             prefix = f"layers.{index}."
             named = {f"layers.{layer}.{name.removeprefix(prefix)}": x for name, x in pieces.items() if name.startswith(prefix)}
-            huggingface.load_pieces(folder, named)
+            read(named)
 
     return Start(config, teacher.tokenizer, fill)

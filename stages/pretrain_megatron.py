@@ -3,32 +3,36 @@
 Run     torchrun … warpline pretrain CONFIG --engine megatron parallel.tensor=2     (pip install warpline[megatron]; on GPUs)
 Reads   what `pretrain` reads; [parallel]: tensor (with sequence parallelism), context (ring), pipeline (1f1b, interleaved),
         and replicate × shard as data ranks, over which Megatron shards the optimiser
-Writes  RUN/checkpoints/pretrain/step-N, a Hugging Face folder without the optimiser's moments, which Megatron keeps: a stopped
-        run is not resumed but started anew from its weights (`start`); RUN/metrics.jsonl
+Writes  RUN/checkpoints/pretrain/step-N, as `pretrain` does: a stopped run goes on, under any layout; RUN/metrics.jsonl
 Expect  the loss in nats per token; no bits per byte of held-out text: `warpline evaluate` gives them
 """
 
 import math
 import time
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.packing import num_windows, text_batch, windows_of_step
 from ..data.shards import TokenShards
-from ..models.decoder import Decoder
-from ..parallel.mesh import ALONE, Mesh
+from ..models import huggingface
+from ..models.decoder import DecoderConfig
+from ..parallel.checkpoint import Piece, Saver, reader
+from ..parallel.mesh import Mesh
 from . import pretrain
-from .parts.checkpoint import checkpoints, save_checkpoint
+from .parts.checkpoint import MOMENTS, Checkpoints
 from .parts.config import BadConfig, ParallelConfig
-from .parts.model import build
+from .parts.file import read_json
+from .parts.model import start_from
 from .parts.precision import choose_precision
-from .parts.progress import StageProgress
+from .parts.progress import StageProgress, console
 from .parts.run import RunFolder
 from .parts.schedule import learning_rate
 from .parts.seed import seed_of
-from .parts.session import NonFinite, Stopped, StopSignal
+from .parts.session import SAVE_TIMEOUT, NonFinite, Stopped, StopSignal
 from .parts.tokens import num_targets, num_tokens
 from .pretrain import PretrainStageConfig, data_folder, parts_of, start_of
 
@@ -42,19 +46,15 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
 
     # -- Where and whence ------------------------------------------------------------------------------------------------------
     _check(config.parallel)
-    folder = run.checkpoints("pretrain")
-    for checkpoint in checkpoints(folder):
-        if checkpoint.name == f"step-{config.steps}":
-            return checkpoint
-        raise BadConfig(
-            f"{checkpoint} is of an unfinished Megatron run, whose optimiser is gone; give it as `start` to a new run"
-        )
+    saver = Saver(None if mesh.size == 1 else mesh.new_group(range(mesh.size), "gloo", SAVE_TIMEOUT))
+    saved = Checkpoints(run.checkpoints("pretrain"), saver, config.keep_checkpoints)
+    resumed = saved.latest(lambda message: console.print(message, soft_wrap=True))
+    if resumed and resumed.name == f"step-{config.steps}":
+        return resumed
     data = data_folder(config.data)
     shards = TokenShards(data / "train")
     windows_in_all, order = num_windows(shards, config.sequence_tokens), seed_of(config.seed, "pretrain", "order")
-    begin = start_of(config, data, mesh)
-    here = Mesh(0, ALONE, torch.device("cpu"))
-    whole = build(begin, here, ParallelConfig(), "fp32")
+    begin = start_from(resumed, mesh) if resumed else start_of(config, data, mesh)
     parallel = config.parallel
     stages_per_rank = parallel.stages_per_rank if parallel.schedule == "interleaved" else 1
     layout = Layout(parallel.tensor, parallel.context, parallel.pipeline, stages_per_rank, parallel.tensor > 1)
@@ -62,13 +62,26 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
     optimizer = config.optimizer
     adam = Adam(optimizer.beta1, optimizer.beta2, 1e-8, optimizer.weight_decay, optimizer.max_grad_norm)
     dtype = torch.bfloat16 if choose_precision(config.precision, mesh.device) == "bf16" else torch.float32
-    engine = MegatronEngine(begin.config, dict(whole.named_parameters()), layout, adam, device=mesh.device, dtype=dtype)
+    weights = Filled(begin.config, begin.fill)
+    engine = MegatronEngine(begin.config, weights, layout, adam, device=mesh.device, dtype=dtype)
+    state: dict[str, Any] = {
+        "step": 0,
+        "tokens": 0,
+        "num_updates": 0,
+        "seconds": 0.0,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+    }
+    if resumed:
+        fill, there = reader(resumed, "optimizer"), read_json(resumed / "state.json")
+        engine.restore(weights, {of: Filled(begin.config, fill, f"{of}.") for of in MOMENTS}, there["num_updates"])
+        state = {name: there[name] for name in state}
+    run.rewind("metrics.jsonl", "pretrain", state["step"])
     leads = engine.groups.tp.rank() == engine.groups.cp.rank() == engine.groups.pp.rank() == 0
 
     # -- The loop --------------------------------------------------------------------------------------------------------------
-    tokens, seconds, skipped = 0, 0.0, 0
-    with StageProgress("pretrain", config.steps, 0, shown=mesh.is_first) as progress:
-        for step in range(config.steps):
+    with StageProgress("pretrain", config.steps, state["step"], shown=mesh.is_first) as progress:
+        for step in range(state["step"], config.steps):
             started, rate = time.monotonic(), learning_rate(optimizer, step, config.steps)
             windows = windows_of_step(windows_in_all, config.sequences_per_step, step, order)
             mine = list(windows)[engine.data_rank :: engine.num_data_ranks]
@@ -78,25 +91,72 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
             counted, read = mesh.sum(counts)  # over the data ranks
             loss = float(engine.accumulate(batches, counted))
             norm = engine.update(rate)
-            skipped += not math.isfinite(norm)
-            tokens, elapsed = tokens + int(read), time.monotonic() - started
-            seconds += elapsed
+            elapsed = time.monotonic() - started
+            _count(state, read, elapsed, is_skipped=not math.isfinite(norm))
             mesh.note(f"pretrain step {step + 1}")
             run.append("metrics.jsonl", {
                 "stage": "pretrain", "step": step + 1, "loss": loss if math.isfinite(loss) else None,
                 "tokens_per_second": read / elapsed, "learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None,
-                "seconds": seconds, "tokens": tokens, "skipped_steps": skipped, "engine": "megatron",
+                "seconds": state["seconds"], "tokens": state["tokens"], "skipped_steps": state["skipped_steps"],
+                "engine": "megatron",
             })  # fmt: skip
             progress.advance(f"loss {loss:.3f}  {read / elapsed:,.0f} tokens/s")
+            if state["skipped_in_a_row"] >= config.max_skipped_steps_in_a_row:
+                skipped = f"{state['skipped_in_a_row']} updates in a row had a non-finite gradient (step {step + 1})"
+                raise NonFinite(f"pretrain: {skipped}; lower optimizer.learning_rate or inspect the data")
             stopping = mesh.sum([float(stop is not None and stop.received is not None)])[0] > 0
             if stopping or step + 1 == config.steps or (step + 1) % config.checkpoint_every_steps == 0:
-                weights = engine.weights()  # whole, on every rank
-                if not all(bool(x.isfinite().all()) for x in weights.values()):
-                    raise NonFinite(f"pretrain: the weights after step {step + 1} are not finite and are not saved")
-                mesh.on_first(partial(_save, folder, step + 1, whole.decoder, weights, begin, config))
+                moments = {f"{of}.{name}": piece for of in MOMENTS for name, piece in engine.pieces(of).items()}
+                counters = {"stage": "pretrain", "engine": "megatron", **state}
+                saved.save(step + 1, begin.config, begin.tokenizer, counters, _finite(engine.pieces(), mesh, step + 1), moments)
             if stopping and step + 1 < config.steps:
-                raise Stopped(f"pretrain: stopped after step {step + 1}; give its checkpoint as `start` to a new run")
-    return folder / f"step-{config.steps}"
+                saver.wait()
+                raise Stopped(f"pretrain: stopped after step {step + 1}; run it again to go on")
+    saver.wait()
+    return saved.folder / f"step-{config.steps}"
+
+
+def _count(state: dict[str, Any], num_tokens: float, seconds: float, is_skipped: bool) -> None:
+    """One more step in the counters that checkpoints keep."""
+    state["step"] += 1
+    state["tokens"] += int(num_tokens)
+    state["seconds"] += seconds
+    state["num_updates"] += not is_skipped
+    state["skipped_steps"] += is_skipped
+    state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if is_skipped else 0
+
+
+def _finite(pieces: dict[str, Piece], mesh: Mesh, step: int) -> dict[str, Piece]:
+    """The weights, if they are fit to be saved."""
+    bad = sum(not bool(piece.tensor.isfinite().all()) for piece in pieces.values() if piece.writes)
+    if mesh.sum([float(bad)])[0]:
+        raise NonFinite(f"pretrain: the weights after step {step} are not finite and are not saved; lower the learning rate")
+    return pieces
+
+
+class Filled(Mapping[str, Tensor]):
+    """A decoder's whole tensors by its names, each made when it is asked for; `fill` gives pieces, by `prefix` and name, their
+    values."""
+
+    def __init__(self, config: DecoderConfig, fill: Callable[[dict[str, Piece]], None], prefix: str = ""):
+        self.shapes = {
+            huggingface.our_name(name): whole.shape for name, whole in huggingface.wholes(config, torch.float32).items()
+        }
+        self.fill, self.prefix = fill, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty(self.shapes[name])
+        self.fill({self.prefix + name: Piece.of(tensor)})
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def _check(parallel: ParallelConfig) -> None:
@@ -104,15 +164,6 @@ def _check(parallel: ParallelConfig) -> None:
              "schedule": parallel.schedule not in ("1f1b", "interleaved")}  # fmt: skip
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise BadConfig(f"parallel.{name}={getattr(parallel, name)!r} is not in this engine; drop it, or --engine megatron")
-
-
-@torch.no_grad()
-def _save(folder: Path, step: int, decoder: Decoder, weights: dict, begin, config: PretrainStageConfig) -> None:
-    """A Hugging Face folder with the weights, and moments of 0."""
-    for name, parameter in decoder.named_parameters():
-        parameter.copy_(weights[name])
-    state = {"stage": "pretrain", "step": step, "num_updates": 0, "engine": "megatron"}
-    save_checkpoint(folder, step, decoder, None, begin.tokenizer, state, config.keep_checkpoints)
 
 
 ENGINES = {"warpline": pretrain.main, "megatron": main}

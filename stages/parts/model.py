@@ -15,7 +15,7 @@ import torch
 from ...data.tokenizer import ChatTokenizer
 from ...models import huggingface
 from ...models.decoder import Decoder, DecoderConfig, DecoderShape, initial_values
-from ...parallel.checkpoint import damage
+from ...parallel.checkpoint import Piece, damage
 from ...parallel.gather import WholeDecoder
 from ...parallel.mesh import Mesh
 from ...parallel.model import ParallelModel, Techniques
@@ -27,11 +27,11 @@ from .seed import seed_of
 
 @dataclass(frozen=True)
 class Start:
-    """What a model begins as."""
+    """What a model begins as; `fill` gives pieces of its parameters their values."""
 
     config: DecoderConfig
     tokenizer: ChatTokenizer
-    fill: Callable[[ParallelModel], None]
+    fill: Callable[[dict[str, Piece]], None]
 
 
 def start_from(folder: Path, mesh: Mesh) -> Start:
@@ -42,7 +42,7 @@ def start_from(folder: Path, mesh: Mesh) -> Start:
         return next((problem for problem in found if problem), None)
 
     config, tokenizer = read_start(folder, damage_of)
-    return Start(config, tokenizer, lambda model: huggingface.load_pieces(folder, model.pieces()))
+    return Start(config, tokenizer, huggingface.reader(folder))
 
 
 def fresh(shape: DecoderShape, tokenizer: ChatTokenizer, *seed_parts: object) -> Start:
@@ -50,8 +50,8 @@ def fresh(shape: DecoderShape, tokenizer: ChatTokenizer, *seed_parts: object) ->
     config = DecoderConfig(vocab_size=tokenizer.vocab_size, **shape.model_dump())
     seed = seed_of(*seed_parts, "weights")
 
-    def fill(model: ParallelModel) -> None:
-        for name, piece in model.pieces().items():
+    def fill(pieces: dict[str, Piece]) -> None:
+        for name, piece in pieces.items():
             piece.tensor.copy_(initial_values(config, name, seed, piece.shape, piece.offset, tuple(piece.tensor.shape)))
 
     return Start(config, tokenizer, fill)
@@ -74,7 +74,7 @@ def build(start: Start, mesh: Mesh, parallel: ParallelConfig, precision: str) ->
         )
     except ValueError as error:
         raise BadConfig(str(error)) from error
-    start.fill(model)
+    start.fill(model.pieces())
     return model
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 warnings.simplefilter("ignore")  # Megatron's own, on import: it misses Transformer Engine and apex
@@ -149,15 +150,19 @@ def gradients(config, layout):
     }
 
 
-def steps(config, layout, dtype=torch.float32):
-    """Largest errors over three clipped steps: of the losses, of the gradients' norms, of the weights' change."""
-    decoder, adam = build(config, dtype), Adam(weight_decay=0.1, max_grad_norm=0.5)
-    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+def adamw(decoder):
     groups = [
         {"params": [p for p in decoder.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in decoder.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def steps(config, layout, dtype=torch.float32):
+    """Largest errors over three clipped steps: of the losses, of the gradients' norms, of the weights' change."""
+    decoder, adam = build(config, dtype), Adam(weight_decay=0.1, max_grad_norm=0.5)
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    optimizer = adamw(decoder)
     errors = {"loss": 0.0, "norm": 0.0}
     engine = engine_of(config, layout, adam, dtype)
     for step, rate in enumerate((1e-2, 2e-2, 1e-2)):
@@ -200,6 +205,84 @@ def bf16(config, layout):
     unmoved = all(torch.equal(x, kept[name]) for name, x in engine.weights().items())
     first = error(torch.tensor(losses[0]), truth)
     return {"loss": first, "losses": losses, "shares": shares, "norm": str(norm), "unmoved": unmoved}
+
+
+def kept(engine):
+    """What a checkpoint would hold, whole, on every rank."""
+    found = {}
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        mine = {f"{kind}.{name}": piece.tensor for name, piece in engine.pieces(kind).items() if piece.writes}
+        rows = [None] * dist.get_world_size()
+        dist.all_gather_object(rows, mine)
+        assert sum(map(len, rows)) == len(set().union(*rows)), "a tensor is written twice"
+        for row in rows:
+            found |= row
+    return found
+
+
+def of_kind(tensors, kind):
+    return {name.removeprefix(f"{kind}."): x for name, x in tensors.items() if name.startswith(f"{kind}.")}
+
+
+def save(config, layout, file):
+    """Two steps of an engine, and what it keeps then, into a file."""
+    engine = engine_of(config, layout, Adam(weight_decay=0.1, max_grad_norm=0.5), torch.float32)
+    before = max(x.abs().max().item() for name, x in kept(engine).items() if not name.startswith("param."))
+    for step, rate in enumerate((1e-2, 2e-2)):
+        engine.accumulate(share(engine, batches_of(step)[0]), batches_of(step)[1])
+        engine.update(rate)
+    tensors = kept(engine)
+    if dist.get_rank() == 0:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, file)
+    dist.barrier()
+    return {"moments before a step": before}
+
+
+def go_on(config, layout, file):
+    """An engine of any layout from that file: whether it keeps the same bits, and the errors of a third step against three of
+    our decoder's."""
+    tensors = load_file(file)
+    weights, moments = of_kind(tensors, "param"), {kind: of_kind(tensors, kind) for kind in ("exp_avg", "exp_avg_sq")}
+    adam = Adam(weight_decay=0.1, max_grad_norm=0.5)
+    engine = MegatronEngine(config, weights, layout, adam, device=CPU, dtype=torch.float32)
+    engine.restore(weights, moments, 2)
+    same = all(torch.equal(x, tensors[name]) for name, x in kept(engine).items())
+    decoder = build(config, torch.float32)
+    optimizer = adamw(decoder)
+    for step, rate in enumerate((1e-2, 2e-2, 1e-2)):
+        batches, counted = batches_of(step)
+        before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+        loss = expected_loss(decoder, batches, counted)
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    found = error(engine.accumulate(share(engine, batches), counted), loss)
+    engine.update(rate)
+    back = engine.weights()
+    moved = max(error(back[n] - weights[n], p.detach() - before[n]) for n, p in decoder.named_parameters())
+    return {"same bits": same, "loss": found, "weights": moved}
+
+
+def bf16_resumed(config, layout):
+    """Whether an engine made from what another keeps in fp32 goes on with its bits."""
+    engine = engine_of(config, layout, Adam(), torch.bfloat16)
+    batches, counted = batches_of()
+    for _ in range(2):
+        engine.accumulate(share(engine, batches), counted)
+        engine.update(1e-2)
+    tensors = kept(engine)
+    weights, moments = of_kind(tensors, "param"), {kind: of_kind(tensors, kind) for kind in ("exp_avg", "exp_avg_sq")}
+    again = MegatronEngine(config, weights, layout, Adam(), device=CPU, dtype=torch.bfloat16)
+    again.restore(weights, moments, 2)
+    fine = max((x != x.bfloat16().float()).double().mean().item() for x in weights.values())
+    pairs = []
+    for one in (engine, again):
+        losses = one.accumulate(share(one, batches), counted)
+        one.update(1e-2)
+        pairs.append({"loss": losses, **kept(one)})
+    return {"same": all(torch.equal(pairs[0][name], x) for name, x in pairs[1].items()), "finer than bf16": fine}
 
 
 class Collectives(TorchDispatchMode):
@@ -297,7 +380,7 @@ def dense():
     return max(error(a, b) for a, b in zip(received, expected, strict=True))
 
 
-def cases(check, num_ranks):
+def cases(check, num_ranks, folder):
     """(name, layout, what to call) of each case of a check."""
     here, few = LAYOUTS[num_ranks], ("sequence", "context", "pipeline")
     untied, gemma = "untied, biases, one key head", "Gemma with sinks"
@@ -306,6 +389,10 @@ def cases(check, num_ranks):
         for name, kind in ((name, kind) for name in names for kind in kinds):
             yield f"{name}, {kind}", here[kind], lambda name=name, kind=kind: function(CONFIGS[name], here[kind])
 
+    if check == "resume":
+        file, names = f"{folder}/kept.safetensors", ("sequence", "interleaved", "data", "context")
+        first = [("saved", here["sequence"], partial(save, CONFIGS[gemma], here["sequence"], file))]
+        return first + [(name, here[name], partial(go_on, CONFIGS[gemma], here[name], file)) for name in names]
     if check == "removals":
         return [(name, here[kind], partial(removed, name, here[kind])) for name, (kind, *_) in REMOVALS.items()]
     return {
@@ -313,6 +400,7 @@ def cases(check, num_ranks):
         "gradients of few": lambda: over(gradients, [gemma], few),
         "steps": lambda: over(steps, [untied]),
         "bf16": lambda: over(bf16, ["tied", untied]),
+        "bf16 resumed": lambda: over(bf16_resumed, ["tied"]),
         "calls": lambda: over(calls, ["tied"]),
         "dense": lambda: [("dense", here["context"], dense)],
     }[check]()
@@ -332,7 +420,7 @@ def worst(found):
 def rank_of(rank, num_ranks, folder, checks) -> None:
     torch.set_num_threads(1)
     megatron_shims.install()
-    planned = [(check, *case) for check in checks for case in cases(check, num_ranks)]
+    planned = [(check, *case) for check in checks for case in cases(check, num_ranks, folder)]
     results = {check: {} for check in checks}
     for number, layout in enumerate(dict.fromkeys(layout for _, _, layout, _ in planned)):
         with groups(layout, rank, num_ranks, f"{folder}/{number}"):

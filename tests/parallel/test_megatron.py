@@ -99,6 +99,21 @@ def test_the_output_matrix_alone_has_a_gradient_that_bf16_cannot_hold_and_no_ste
         assert case["norm"] == "inf" and case["unmoved"] is True
 
 
+@pytest.mark.slow
+def test_an_optimiser_goes_on_under_any_layout_with_the_bits_that_were_kept():
+    """Two steps under sequence parallelism, a third elsewhere, against three of our decoder's."""
+    cases = found_by(2, "resume")["resume"]
+    assert cases.pop("saved") == {"moments before a step": 0.0} and len(cases) == 4
+    for case in cases.values():
+        assert case["same bits"] is True and case["loss"] < 1e-6 and case["weights"] < 1e-3
+
+
+@pytest.mark.slow
+def test_in_bf16_the_weights_that_are_kept_are_the_optimisers():
+    (case,) = found_by(1, "bf16 resumed")["bf16 resumed"].values()
+    assert case["same"] is True and case["finer than bf16"] > 0.9
+
+
 def test_a_row_is_padded_to_what_its_ranks_cut_it_into(megatron):
     layout = megatron.Layout
     assert [layout().padded(n) for n in (0, 7)] == [0, 7] and layout(tensor=4).padded(7) == 7

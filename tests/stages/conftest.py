@@ -44,9 +44,9 @@ def start_of(tokenizer) -> Callable:
     """`start_of(decoder)`: a start whose weights are the decoder's."""
 
     def start_of(decoder) -> Start:
-        def fill(model) -> None:
+        def fill(pieces) -> None:
             whole = dict(decoder.named_parameters())
-            for name, piece in model.pieces().items():
+            for name, piece in pieces.items():
                 piece.tensor.copy_(whole[name].detach())
 
         return Start(decoder.config, tokenizer, fill)

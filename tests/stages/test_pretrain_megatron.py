@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +38,35 @@ def megatron(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
 def test_the_engine_takes_the_steps_that_pretrain_takes(stage_runner, start_folder, text_run, tmp_path):
     config = tmp_path / "pretrain.toml"
     config.write_text(CONFIG.format(data=text_run, start=start_folder))
-    changes = {"start": str(start_folder), "model": None, "steps": 3, "sequence_tokens": 23, "sequences_per_step": 8}
-    stage_runner(
-        "pretrain", tmp_path / "ours", **changes, tokens_per_microbatch=46, precision="fp32", seed=0, checkpoint_every_steps=50,
-        optimizer={"learning_rate": 1e-3, "weight_decay": 0.1},
-    )  # fmt: skip
-    done = megatron(2, str(config), str(tmp_path / "theirs"), "parallel.tensor=2")
+    ours = {
+        "start": str(start_folder), "model": None, "steps": 3, "sequence_tokens": 23, "sequences_per_step": 8,
+        "tokens_per_microbatch": 46, "precision": "fp32", "seed": 0, "checkpoint_every_steps": 50,
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
+    }  # fmt: skip
+    stage_runner("pretrain", tmp_path / "ours", **ours)
+    done = megatron(2, str(config), str(tmp_path / "theirs"), "parallel.tensor=2", "checkpoint_every_steps=1")
     assert done.returncode == 0, done.stderr[:4000]
     assert losses(tmp_path / "theirs") == pytest.approx(losses(tmp_path / "ours"), rel=1e-5)
     trained, before = (huggingface.load(tmp_path / run / "checkpoints/pretrain/step-3") for run in ("theirs", "ours"))
     for (name, received), expected in zip(trained.named_parameters(), before.parameters(), strict=True):
         assert (received - expected).abs().max() <= 1e-4, name
-    again = megatron(2, str(config), str(tmp_path / "theirs"), "parallel.tensor=2")
+    again = megatron(2, str(config), str(tmp_path / "theirs"), "parallel.tensor=2", "checkpoint_every_steps=1")
     assert again.returncode == 0 and len(losses(tmp_path / "theirs")) == 3
+
+    # From its second step on: under another layout, and by the other engine.
+    shutil.rmtree(tmp_path / "theirs/checkpoints/pretrain/step-3")
+    shutil.copytree(tmp_path / "ours", tmp_path / "back")
+    shutil.rmtree(tmp_path / "back/checkpoints")
+    shutil.copytree(tmp_path / "theirs/checkpoints", tmp_path / "back/checkpoints")
+    again = megatron(2, str(config), str(tmp_path / "theirs"), "parallel.pipeline=2", "checkpoint_every_steps=1")
+    assert again.returncode == 0, again.stderr[:4000]
+    assert losses(tmp_path / "theirs") == pytest.approx(losses(tmp_path / "ours"), rel=1e-5)
+    stage_runner("pretrain", tmp_path / "back", **ours)
+    for run in ("theirs", "back"):
+        trained = huggingface.load(tmp_path / run / "checkpoints/pretrain/step-3")
+        for (name, received), expected in zip(trained.named_parameters(), before.parameters(), strict=True):
+            assert (received - expected).abs().max() <= 1e-4, (run, name)
+    assert losses(tmp_path / "back") == pytest.approx(losses(tmp_path / "ours"), rel=1e-5)
 
 
 def test_what_megatron_does_not_do_is_refused_by_its_key(text_run, start_folder):
