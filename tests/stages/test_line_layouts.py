@@ -14,8 +14,18 @@ PRECISION = [f"{stage}.precision=fp64" for stage in ("pretrain", "sft", "prefere
 
 def losses_and_scores(folder: Path, num_ranks: int, *layout: str) -> tuple[dict, list[dict]]:
     """({(stage, step): loss}, scores.json) of a line of that many ranks."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m"] if num_ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "warpline.stages.command", "line", str(SMOKE), "--run", str(folder)]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+        "--no-python",
+        "--",
+        sys.executable,
+    ]
+    launcher = [sys.executable, *(torchrun if num_ranks > 1 else []), "-m", "warpline.stages.command"]
+    command = [*launcher, "line", str(SMOKE), "--run", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *PRECISION, *layout], capture_output=True, text=True, timeout=590, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
