@@ -78,4 +78,4 @@ def test_every_bench_runs_on_a_bare_cpu_and_its_checks_pass(name, tmp_path):
     assert {"card", "driver", "torch", "triton", "commit", "date"} <= set(results.machine)
     ours = [row for row in results.rows if row.check]
     assert len(results.rows) >= 3 and all(row.milliseconds > 0 and row.of_ceiling for row in results.rows)
-    assert name == "logit_block" or any(row.check == "passed" and row.error is not None for row in ours)
+    assert any(row.check == "passed" and row.error is not None for row in ours)
