@@ -10,12 +10,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...parallel.checkpoint import Piece, Saver
+from ...parallel.checkpoint import Piece, SaveFailed, Saver
 from ...parallel.mesh import Mesh
 from ...parallel.model import ParallelModel
 from .checkpoint import MOMENTS, Checkpoints, load_moments, moment_names
@@ -126,6 +127,10 @@ class Session:
                             f"{self.stage}: stopped by {self.stop.received or 'a signal'} after step {self.step}; "
                             "run it again to go on"
                         )
+        except GeneratorExit:  # the loop's body failed, and says why itself
+            with suppress(SaveFailed):
+                self.saver.wait()
+            raise
         finally:
             self.saver.wait()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from warpline.parallel.checkpoint import SaveFailed
 from warpline.parallel.mesh import start_mesh
 from warpline.stages.parts.config import OptimizerConfig, ParallelConfig, TrainingConfig
 from warpline.stages.parts.run import RunFolder
@@ -148,3 +149,19 @@ def test_signals_are_remembered_until_the_step_ends():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def test_a_loop_that_fails_waits_for_its_save_and_says_nothing_of_it(session_of, monkeypatch):
+    """What failed in the loop is what is told; a save in flight ends, and that it failed too is no second message."""
+    session, waited = session_of(), []
+
+    def wait() -> None:  # as the saver's: it raises once
+        waited.append(True)
+        if len(waited) == 1:
+            raise SaveFailed(5, "rank 1: another rank ended", "step-1")
+
+    monkeypatch.setattr(session.saver, "wait", wait)
+    steps = session.steps()
+    next(steps)
+    steps.close()
+    assert waited
