@@ -116,8 +116,13 @@ def damage(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints under `folder`, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))]
+    found = [(number, path) for path in folder.glob("step-*") if (number := _step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def sweep(folder: Path) -> None:
@@ -133,7 +138,8 @@ def sweep(folder: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, keep: int) -> None:
-    """Renames a complete folder to its name, an earlier one of that name out of the way, and removes all but `keep`."""
+    """Renames a complete folder to its name, an earlier one of that name out of the way, and removes all but it and the `keep`
+    − 1 before it. Newer ones are damaged: training went on from an older one. They stay, and do not count."""
     folder, token = final.parent, secrets.token_hex(4)
     old = folder / f"{final.name}.old-{token}"
     if final.exists():
@@ -142,7 +148,8 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
     sync(folder)
     if old.exists():
         shutil.rmtree(old)
-    for path in checkpoints(folder)[keep:]:
+    older = [path for path in checkpoints(folder) if (_step_of(path) or 0) <= (_step_of(final) or 0)]
+    for path in older[keep:]:
         shutil.rmtree(path.rename(folder / f"{path.name}.tmp-{token}"))
 
 
@@ -174,7 +181,7 @@ class Saver:
         """Returns once the pieces are in host memory; `folder/step-N` appears later, or `wait` or the next `save` raises.
 
         `describe`, on the first rank and on the thread, writes all other files into the folder it is given. All but the
-        newest `keep` checkpoints are removed.
+        newest `keep` checkpoints, up to this one, are removed.
         """
         self.wait()
         frozen = [(layout, _snapshot(layout, pieces)) for layout, pieces in files]

@@ -360,7 +360,7 @@ def _tokens_of(y: Tensor, batch: ContextBatch) -> Tensor:
     received = y.new_empty(size, num_tokens, *y.shape[1:])
     sent = y[batch.order]
     dist.all_to_all_single(received.view(-1, *y.shape[1:]), sent, [num_tokens] * size, counts, group=batch.group)
-    return received.transpose(0, 1).reshape(num_tokens, -1, y.shape[2])
+    return received.transpose(0, 1).flatten(1, 2)
 
 
 def ulysses_attention(

@@ -71,22 +71,33 @@ def nearest_sizes(wanted: Sizes, num_ranks: int, is_legal: Callable[[Sizes], boo
     return best[1]
 
 
-def problem_of(sizes: Sizes, model: Any) -> str | None:
+def problem_of(sizes: Sizes, model: Any, attention: str = "ring", stages_per_rank: int = 1) -> str | None:
     """Why a decoder of this configuration cannot lie on these axes, or None."""
+    over = f"context={sizes.context}" + (f" and tensor={sizes.tensor}" if sizes.tensor > 1 else "")
+    stages = f"pipeline={sizes.pipeline}" + (f" of {stages_per_rank} stages a rank" if stages_per_rank > 1 else "")
     checks = (
         (model.num_heads % sizes.tensor == 0, f"tensor={sizes.tensor} does not divide its {model.num_heads} query heads"),
         (model.mlp_width % sizes.tensor == 0, f"tensor={sizes.tensor} does not divide its MLP's width {model.mlp_width}"),
         (model.vocab_size >= sizes.tensor, f"tensor={sizes.tensor} exceeds its {model.vocab_size} tokens"),
-        (model.num_layers >= sizes.pipeline, f"pipeline={sizes.pipeline} exceeds its {model.num_layers} layers"),
+        (
+            sizes.pipeline == 1 or model.num_layers >= sizes.pipeline * stages_per_rank,
+            f"{stages} exceeds its {model.num_layers} layers",
+        ),
+        (
+            attention != "ulysses" or model.num_heads % (sizes.tensor * sizes.context) == 0,
+            f"attention='ulysses' cuts heads by {over}, which does not divide its {model.num_heads} query heads",
+        ),
     )
     return next((problem for is_fine, problem in checks if not is_fine), None)
 
 
-def check_sizes(sizes: Sizes, model: Any) -> None:
+def check_sizes(sizes: Sizes, model: Any, attention: str = "ring", stages_per_rank: int = 1) -> None:
     """Refuses a layout that the model cannot have, naming the nearest that it can."""
-    problem = problem_of(sizes, model)
+    problem = problem_of(sizes, model, attention, stages_per_rank)
     if problem:
-        nearest = nearest_sizes(sizes, sizes.product, lambda other: problem_of(other, model) is None)
+        nearest = nearest_sizes(
+            sizes, sizes.product, lambda other: problem_of(other, model, attention, stages_per_rank) is None
+        )
         raise ValueError(f"[parallel] {sizes} does not fit the model: {problem}; the nearest legal layout is {nearest}")
 
 
@@ -275,7 +286,10 @@ def start_mesh(sizes: Sizes = ALONE, timeout_seconds: float = 100.0) -> Mesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return Mesh(rank, sizes, device, timeout, _watch(rank, size, timeout))
+    mesh = Mesh(rank, sizes, device, timeout, _watch(rank, size, timeout))
+    for axes in (TOGETHER, Sizes._fields):
+        mesh.group(*axes)  # made while all are there: a rank that dies later breaks a connection and is missed at once
+    return mesh
 
 
 def other_layout(mesh: Mesh, sizes: Sizes) -> Mesh:

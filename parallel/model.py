@@ -125,7 +125,8 @@ class ParallelModel:
             decoder.config, mesh, techniques, options, precision,
         )  # fmt: skip
         self.decoder, self.whole_shapes = decoder, {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-        check_sizes(mesh.sizes, decoder.config)
+        stages_per_rank = pipeline.SCHEDULES[techniques.schedule][1] or techniques.stages_per_rank
+        check_sizes(mesh.sizes, decoder.config, techniques.context, stages_per_rank)
         dtype = next(decoder.parameters()).dtype
         self.context_group, self.pipeline_group = mesh.group("context"), mesh.group("pipeline")
         tensor_group = mesh.group("tensor")

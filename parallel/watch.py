@@ -31,6 +31,7 @@ BEAT_SECONDS = 1.0
 STORE_SECONDS = 3.0  # without the store, in which a process that is ending anyway ends
 BEATS_A_SECOND = 1000  # of all ranks together: one process answers them
 EXIT_FAILED = 4
+HURRIED_BEATS = 10  # of silence, once a launcher asked this process to end
 NAMED = 4  # ranks named in a line
 
 
@@ -114,13 +115,19 @@ class Watch:
         except RuntimeError:
             return self._orphaned()
 
-    def fail(self, what: str) -> None:
-        """Tell the others that this rank ends by its own failure, so that they do not wait for it."""
-        line = f"rank {self.rank} failed in {self.where}: {what}"
+    def fail(self, reason: str, line: str) -> bool:
+        """Tell the others that this rank ends by its own failure, so that they do not wait for it. False where another told the
+        same `line` before."""
+        mine = Loss((), reason, line)
         try:
-            self._publish(self.store, Loss((), f"rank {self.rank} failed: {what}", line))
+            found = self._publish(self.store, mine)
         except RuntimeError:
-            return
+            return True
+        return found is mine or found.line != line
+
+    def hurry(self) -> None:
+        """Something asks this process to end: perhaps the launcher, as it lost a rank, and it will not wait for the timeout."""
+        self.seconds = min(self.seconds, HURRIED_BEATS * self.beat_seconds)
 
     def end(self, loss: Loss) -> None:
         """Leave why in the run, and end this process: its collectives can neither finish nor be torn down."""
@@ -165,8 +172,10 @@ class Watch:
     def _publish(self, store: Store, loss: Loss) -> Loss:
         """The first to publish is believed, and says so."""
         mine = "\n".join([f"{self.rank} {' '.join(map(str, loss.ranks))}", loss.reason, loss.line])
-        if store.compare_set("lost", "", mine).decode() == mine and loss.ranks:
-            _say(loss.line)
+        if store.compare_set("lost", "", mine).decode() == mine:
+            if loss.ranks:
+                _say(loss.line)
+            return loss
         return _found(store) or loss
 
     def _kill_stopped(self, rank: int) -> None:

@@ -4,7 +4,7 @@ Exit codes: 0 done; 2 bad config or bad input, one line on stderr; 3 stopped by 
 often, or failed.
 """
 
-import subprocess
+import os
 import sys
 import time
 import traceback
@@ -59,8 +59,9 @@ class Outcome:
             return
         reason, code = self._judge(error)
         end_mesh(self.mesh)
-        self._end(reason)
-        if error is not None:
+        if not self._end(reason):
+            code = code or EXIT_BAD_INPUT
+        if code:
             raise SystemExit(code) from None
 
     def watch(self, mesh: Mesh, run: RunFolder) -> None:
@@ -69,9 +70,15 @@ class Outcome:
         if mesh.watch is not None:
             mesh.watch.last_words = RunFolder(run.path).end
 
-    def _end(self, reason: str) -> None:
-        if self.run is not None and (self.run.path / "config.json").exists():
-            self.run.end(reason)
+    def _end(self, reason: str) -> bool:
+        """Whether the run says why it ended: a full disk may not let it."""
+        try:
+            if self.run is not None and (self.run.path / "config.json").exists():
+                self.run.end(reason)
+        except OSError as error:
+            print(f"warpline: {_words(error)}", file=sys.stderr)
+            return False
+        return True
 
     def _judge(self, error: BaseException | None) -> tuple[str, int]:
         watch = None if self.mesh is None else self.mesh.watch
@@ -83,7 +90,9 @@ class Outcome:
         if watch is not None and isinstance(error, RuntimeError | SaveFailed) and (loss := watch.lost()):
             watch.end(loss)
         if isinstance(error, BAD_INPUT):
-            print(f"warpline: {' '.join(_words(error).split())}", file=sys.stderr)
+            line = f"warpline: {' '.join(_words(error).split())}"
+            if watch is None or watch.fail("bad input", line):
+                print(line, file=sys.stderr)
             return "bad input", EXIT_BAD_INPUT
         if isinstance(error, NonFinite):
             print(f"warpline: {error}", file=sys.stderr)
@@ -92,7 +101,8 @@ class Outcome:
             return "failed: the first rank", EXIT_FAILED
         traceback.print_exception(error)
         if watch is not None:
-            watch.fail(type(error).__name__)
+            what = f"rank {watch.rank} failed"
+            watch.fail(f"{what}: {type(error).__name__}", f"{what} in {watch.where}")
         return f"failed: {type(error).__name__}", EXIT_FAILED
 
 
@@ -110,7 +120,8 @@ def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: l
         run = RunFolder(run_path or Path("runs") / path.stem, writes=mesh.is_first)
         mesh.on_first(lambda: run.open(config, verb))
         outcome.watch(mesh, run)
-        work(config, run, mesh, StopSignal().install())
+        stop = StopSignal() if mesh.watch is None else StopSignal(mesh.watch.hurry)
+        work(config, run, mesh, stop.install())
 
 
 def _mesh(config: Config) -> Mesh:
@@ -178,9 +189,9 @@ def _add_pretrain(verb: str, kind: type[Config], work: Callable, description: st
         config: ConfigPath,
         overrides: Overrides = None,
         run: RunPath = None,
-        engine: Annotated[str, typer.Option("--engine", metavar="NAME", help="warpline, or megatron (on GPUs)")] = "warpline",
+        engine: Annotated[str | None, typer.Option("--engine", metavar="NAME", help="warpline, or megatron (on GPUs)")] = None,
     ) -> None:
-        chosen = [] if engine == "warpline" else [f"engine={engine}"]
+        chosen = [] if engine is None else [f"engine={engine}"]
         _run(verb, kind, work, config, [*(overrides or []), *chosen], run)
 
 
@@ -291,7 +302,10 @@ def bench(context: typer.Context) -> None:
 
     `warpline bench --help` says how.
     """
-    raise SystemExit(subprocess.call([sys.executable, "-m", "warpline.bench.suite", *context.args]))
+    sys.stdout.flush()
+    os.execv(
+        sys.executable, [sys.executable, "-m", "warpline.bench.suite", *context.args]
+    )  # in this process: Ctrl-C is its own
 
 
 def main() -> None:

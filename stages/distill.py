@@ -65,14 +65,14 @@ def main(
 ) -> Path:
     """Train to `config.steps`; returns the last checkpoint. `stage` names the metrics and the checkpoint folder."""
     # -- Whence: the teacher, and the student from its last checkpoint or its start --------------------------------------------
-    begin = start_from(Path(config.teacher), mesh)
+    begin, teacher_mesh = start_from(Path(config.teacher), mesh), _teacher_mesh(config, mesh)
     session = Session(stage, config, run, mesh, config.parallel, lambda: _student(config, begin, mesh), stop)
     if session.model.config.vocab_size != begin.config.vocab_size:
         raise BadConfig(
             f"the student has {session.model.config.vocab_size} tokens and the teacher {begin.config.vocab_size}; "
             "distillation compares token by token: give both one vocabulary"
         )
-    teacher = Teacher(config, begin, session)
+    teacher = Teacher(config, begin, session, teacher_mesh)
 
     # -- What: conversations, and text -----------------------------------------------------------------------------------------
     samples = read_supervised(
@@ -100,17 +100,25 @@ def main(
     return session.checkpoint
 
 
+def _teacher_mesh(config: DistillStageConfig, mesh: Mesh) -> Mesh:
+    if config.teacher_parallel in (None, config.parallel):
+        return mesh
+    try:
+        return other_layout(mesh, config.teacher_parallel.sizes)
+    except ValueError as error:
+        raise BadConfig(f"[teacher_parallel]: {error}") from error
+
+
 class Teacher:
     """The frozen teacher, under the student's layout or its own, and the rows of its output matrix that this rank's losses
     need."""
 
-    def __init__(self, config: DistillStageConfig, start: Start, session: Session):
+    def __init__(self, config: DistillStageConfig, start: Start, session: Session, mesh: Mesh):
         self.is_needed, self.student = config.divergence_weight > 0, session.model
         if not self.is_needed:
             return
         parallel = config.teacher_parallel or config.parallel
         self.has_other_layout = parallel != config.parallel
-        mesh = other_layout(session.mesh, parallel.sizes) if self.has_other_layout else session.mesh
         self.model = frozen(start, mesh, parallel, session.precision)
         self.softcap, self.weight_VU = start.config.logit_softcap, self._output_rows(config, start.config)
 

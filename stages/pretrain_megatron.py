@@ -39,13 +39,13 @@ from .pretrain import PretrainStageConfig, data_folder, parts_of, start_of
 
 def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSignal | None = None) -> Path:
     """Train to `config.steps`; returns the last checkpoint."""
+    _check(config.parallel)
     try:
         from ..parallel.megatron import Adam, Layout, MegatronEngine, start
     except ModuleNotFoundError as error:
         raise BadConfig(f"--engine megatron needs {error.name}; pip install 'warpline[megatron]'") from error
 
     # -- Where and whence ------------------------------------------------------------------------------------------------------
-    _check(config.parallel)
     saver = Saver(None if mesh.size == 1 else mesh.new_group(range(mesh.size), "gloo", SAVE_TIMEOUT))
     saved = Checkpoints(run.checkpoints("pretrain"), saver, config.keep_checkpoints)
     resumed = saved.latest(lambda message: console.print(message, soft_wrap=True))
@@ -160,10 +160,14 @@ class Filled(Mapping[str, Tensor]):
 
 
 def _check(parallel: ParallelConfig) -> None:
+    try:
+        torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise BadConfig("the megatron engine runs on GPUs alone, and there is none here; use --engine warpline") from error
     wrong = {"attention": parallel.attention != "ring", "offload": parallel.offload, "recompute": parallel.recompute != "none",
              "schedule": parallel.schedule not in ("1f1b", "interleaved")}  # fmt: skip
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
-        raise BadConfig(f"parallel.{name}={getattr(parallel, name)!r} is not in this engine; drop it, or --engine megatron")
+        raise BadConfig(f"parallel.{name}={getattr(parallel, name)!r} is not in this engine; drop it, or use --engine warpline")
 
 
 ENGINES = {"warpline": pretrain.main, "megatron": main}

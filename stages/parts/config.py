@@ -5,7 +5,7 @@ remedy.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
@@ -70,7 +70,7 @@ class ParallelConfig(Config):
     stages_per_rank: PositiveInt = 1
     recompute: Literal["none", "attention", "mlp", "full"] = "none"
     offload: bool = False
-    timeout_seconds: PositiveFloat = 100.0
+    timeout_seconds: Annotated[PositiveFloat, Field(le=86_400)] = 100.0
 
     @property
     def sizes(self) -> Sizes:

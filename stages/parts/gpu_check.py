@@ -56,6 +56,7 @@ class Reading:
     slowdowns: tuple[str, ...] = ()
     ecc_errors: int | None = None  # uncorrected, since the last reset of the driver
     remapping: str | None = None  # memory rows whose remapping waits or failed
+    is_shared: bool = False  # with other ranks, as a CPU is: its speed says nothing of it
 
 
 def read_device(device: torch.device) -> Reading:
@@ -75,6 +76,7 @@ def read_device(device: torch.device) -> Reading:
     is_cuda = device.type == "cuda"
     return Reading(
         where=f"{platform.node()} {'GPU' if is_cuda else 'CPU'} {device.index or 0}",
+        is_shared=not is_cuda,
         model=torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
         product_tflops=2 * size.product**3 / seconds / 1e12, copy_gbytes=2 * size.copy_bytes / copying / 1e9,
         digest=digest(device), **telemetry,
@@ -166,8 +168,9 @@ def problems(readings: Sequence[Reading]) -> list[str]:
     found = []
     for model in dict.fromkeys(reading.model for reading in readings):
         mine = [reading for reading in readings if reading.model == model]
-        found += _stragglers(mine, "product", "TFLOP/s", [reading.product_tflops for reading in mine])
-        found += _stragglers(mine, "copy", "GB/s", [reading.copy_gbytes for reading in mine])
+        own = [reading for reading in mine if not reading.is_shared]
+        found += _stragglers(own, "product", "TFLOP/s", [reading.product_tflops for reading in own])
+        found += _stragglers(own, "copy", "GB/s", [reading.copy_gbytes for reading in own])
         digests = [reading.digest for reading in mine]
         usual = max(dict.fromkeys(digests), key=digests.count)
         found += [
@@ -184,7 +187,7 @@ def problems(readings: Sequence[Reading]) -> list[str]:
 
 
 def _stragglers(readings: Sequence[Reading], what: str, unit: str, rates: Sequence[float]) -> list[str]:
-    usual = median(rates)
+    usual = median(rates) if rates else 0.0
     return [
         f"{reading.where}: straggler: {what} at {rate:.4g} {unit}, {rate / usual:.0%} of the median {usual:.4g}"
         for reading, rate in zip(readings, rates, strict=True) if rate < SLOW * usual

@@ -3,8 +3,10 @@ atomically.
 """
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 
 from .config import BadConfig, Config
-from .file import read_json, write_atomic, write_json
+from .file import naming, read_json, write_atomic, write_json
 
 LAYOUTS = ("parallel", "teacher_parallel")  # a run may go on under another layout
-UNSTARTED = {"config.json", "environment.json", "ended.json"}  # all that a run leaves which was refused for its input
+LOCK = ".lock"
+UNSTARTED = {LOCK, "config.json", "environment.json", "ended.json"}  # all that a run leaves which was refused for its input
 
 
 class RunFolder:
@@ -26,9 +29,13 @@ class RunFolder:
         self.path, self.writes = path, writes
 
     def open(self, config: Config, verb: str) -> None:
-        """Claim the folder for this resolved configuration; a folder of another one is refused, but for its layout."""
+        """Claim the folder for this resolved configuration, until this process ends; a folder of another one is refused, but
+        for its layout, and so is one that another process has claimed."""
         resolved = {"verb": verb, **config.model_dump(mode="json")}
         known = self.path / "config.json"
+        if not known.exists() and self.path.is_dir() and {path.name for path in self.path.iterdir()} - {LOCK}:
+            raise BadConfig(f"{self.path} is not empty and has no config.json; choose another folder with --run")
+        self._lock()
         if known.exists():
             difference = _first_difference(_without_layout(read_json(known)), _without_layout(resolved))
             if not difference or {path.name for path in self.path.iterdir()} <= UNSTARTED:
@@ -38,12 +45,23 @@ class RunFolder:
                     f"{self.path} holds a run of another configuration ({difference}); "
                     "choose another folder with --run, or remove it"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise BadConfig(f"{self.path} is not empty and has no config.json; choose another folder with --run")
         else:
             self.write_json("config.json", resolved)
         if not (self.path / "environment.json").exists():
             self.write_json("environment.json", environment())
+
+    def _lock(self) -> None:
+        """The operating system lets go of it when the process ends, however it ends: the file stays open until then."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BadConfig(f"{self.path} is in use by another process; wait for it, or choose another with --run") from error
+        except OSError:
+            return  # a file system without locks
 
     def write_json(self, name: str, value: Any) -> None:
         if self.writes:
@@ -56,7 +74,7 @@ class RunFolder:
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line to a .jsonl file."""
         if self.writes:
-            with (self.path / name).open("a", encoding="utf-8") as file:
+            with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def rewind(self, name: str, stage: str, step: int) -> None:

@@ -39,10 +39,11 @@ class NonFinite(Exception):
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 until the end of the step."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1 until the end of the step; `heard` is called at once."""
 
-    def __init__(self):
+    def __init__(self, heard: Callable[[], None] = lambda: None):
         self.received: str | None = None
+        self.heard = heard
 
     def install(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -53,6 +54,7 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        self.heard()
 
 
 def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -231,3 +231,17 @@ def test_pieces_on_a_gpu_are_saved_as_they_were(tmp_path):
 def test_syncing_what_is_missing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "missing")
+
+
+def test_a_save_behind_damaged_ones_stays_and_they_do_not_count(tmp_path):
+    """Training that fell back behind damaged checkpoints saves lower numbers than theirs."""
+    for step in (29, 30, 1):
+        save(tmp_path, step, step)
+    (tmp_path / "step-31").write_text("no checkpoint")
+    for kept in (
+        ["step-30", "step-29", "step-1"],
+        ["step-30", "step-29", "step-2", "step-1"],
+        ["step-30", "step-29", "step-3", "step-2"],
+    ):
+        assert [path.name for path in checkpoints(tmp_path)] == kept
+        save(tmp_path, int(kept[2].removeprefix("step-")) + 1, 0)

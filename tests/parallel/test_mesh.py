@@ -97,6 +97,21 @@ def test_every_problem_of_a_layout_is_named():
     assert "exceeds its 5 tokens" in problem_of(Sizes(tensor=8), SHAPE.model_copy(update={"num_heads": 8, "mlp_width": 16}))
 
 
+def test_how_an_axis_works_decides_too():
+    assert problem_of(Sizes(context=8), SHAPE) is None
+    assert "attention='ulysses' cuts heads by context=8, which does not divide its 4" in problem_of(
+        Sizes(context=8), SHAPE, "ulysses"
+    )
+    assert "context=4 and tensor=2, which" in problem_of(Sizes(context=4, tensor=2), SHAPE, "ulysses")
+    assert problem_of(Sizes(context=2, tensor=2), SHAPE, "ulysses") is None
+    assert "pipeline=4 of 2 stages a rank exceeds its 6 layers" in problem_of(Sizes(pipeline=4), SHAPE, stages_per_rank=2)
+    assert problem_of(Sizes(shard=4), SHAPE, stages_per_rank=9) is None, "no pipeline"
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: attention='ulysses'.*nearest legal layout is replicate=2, context=4"
+    ):
+        check_sizes(Sizes(context=8), SHAPE, "ulysses")
+
+
 def test_a_layout_that_does_not_match_the_processes_names_the_remedy():
     with pytest.raises(
         ValueError,

@@ -97,11 +97,34 @@ def test_several_silent_ranks_are_named_together(ranks):
 
 def test_a_rank_that_fails_by_itself_ends_the_others_without_being_lost(ranks, capsys):
     time.sleep(0.1)
-    ranks[3].fail("ZeroDivisionError")
+    line = "rank 3 failed in sft step 3"
+    assert ranks[3].fail("rank 3 failed: ZeroDivisionError", line)
     ranks[3].stop()
     wait_for(lambda: all(rank.has_left for rank in ranks[:3]))
     assert ranks[0].said == ["rank 3 failed: ZeroDivisionError"] and not ranks[1].said
     assert "gone or stopped" not in capsys.readouterr().err
+
+
+def test_what_every_rank_fails_by_is_told_once(ranks):
+    assert [ranks[rank].fail("bad input", "no such file") for rank in (1, 0, 2)] == [True, False, False]
+    assert ranks[3].fail("bad input", "another line")
+
+
+def test_a_rank_that_is_asked_to_end_misses_a_silent_one_within_beats(monkeypatch):
+    """As a launcher does that lost a rank: long before the timeout, after which nobody would be left to say so."""
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.02)
+    store, long = HashStore(), datetime.timedelta(seconds=300)
+    ranks = [Rank(rank, 3, store, long) for rank in range(3)]
+    time.sleep(0.1)
+    ranks[1].die()
+    time.sleep(0.5)
+    assert not ranks[0].has_left
+    for rank in (ranks[0], ranks[2]):
+        rank.hurry()
+    wait_for(lambda: ranks[0].has_left and ranks[2].has_left)
+    assert ranks[0].said == ["rank 1 was lost"]
+    for rank in ranks:
+        rank.stop()
 
 
 class GoneStore(HashStore):

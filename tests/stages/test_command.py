@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from warpline.data.tokenizer import ChatTokenizer
 from warpline.models import huggingface
 from warpline.stages import command
+from warpline.stages.parts.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,3 +157,57 @@ def test_the_readmes_kernel_example_runs():
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["hidden"].grad.abs().sum() > 0 and names["stats"].logprob_T[-1] == 0
+
+
+@pytest.fixture
+def rank(tmp_path):
+    """A rank of two, whose watch notes what it is told, in a run that has begun."""
+    (tmp_path / "config.json").write_text("{}")
+    told: list[tuple[str, str]] = []
+    watch = SimpleNamespace(
+        rank=1, where="rl step 3", lost=lambda: None, stop=lambda: None,
+        fail=lambda reason, line: told.append((reason, line)) or len(told) == 1,
+    )  # fmt: skip
+    return SimpleNamespace(run=RunFolder(tmp_path), mesh=SimpleNamespace(watch=watch), told=told)
+
+
+def ended(rank, error: BaseException | None) -> int:
+    with pytest.raises(SystemExit) as end, command.Outcome(rank.run) as outcome:
+        outcome.mesh = rank.mesh
+        if error is not None:
+            raise error
+    return end.value.code
+
+
+def test_bad_input_of_one_rank_is_told_to_the_others_and_once_to_the_user(rank, capsys):
+    codes = [ended(rank, command.BadConfig("no such file")) for _ in range(2)]
+    assert codes == [2, 2] and capsys.readouterr().err == "warpline: no such file\n"
+    assert rank.told[0] == ("bad input", "warpline: no such file")
+    assert rank.run.read_json("ended.json", None)["reason"] == "bad input"
+
+
+def test_a_failure_of_one_rank_is_told_to_the_others_with_its_rank(rank, capsys):
+    assert ended(rank, ZeroDivisionError("x")) == 4
+    assert rank.told == [("rank 1 failed: ZeroDivisionError", "rank 1 failed in rl step 3")]
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device", "metrics.jsonl")])
+def test_a_disk_too_full_to_say_why_is_told_in_lines(rank, error, monkeypatch, capsys):
+    def full(reason: str) -> None:
+        raise OSError(28, "No space left on device", "ended.json")
+
+    monkeypatch.setattr(rank.run, "end", full)
+    assert ended(rank, error) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + (error is not None) and lines[-1].startswith("warpline: ended.json: No space left on device")
+
+
+def test_a_bench_takes_the_place_of_this_process(monkeypatch):
+    """A child would be killed a quarter of a second after Ctrl-C, before it says what it measured."""
+    called = []
+    monkeypatch.setattr("os.execv", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr("sys.argv", ["warpline", "bench", "rope", "--quick"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert called == [(sys.executable, [sys.executable, "-m", "warpline.bench.suite", "rope", "--quick"])]

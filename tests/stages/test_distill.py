@@ -9,7 +9,7 @@ from warpline.data.packing import Sample, pack
 from warpline.models import huggingface
 from warpline.models.decoder import Decoder, DecoderConfig, DecoderShape
 from warpline.parallel.mesh import start_mesh
-from warpline.stages.distill import DistillStageConfig, Teacher, losses, shallow
+from warpline.stages.distill import DistillStageConfig, Teacher, _teacher_mesh, losses, shallow
 from warpline.stages.parts.checkpoint import load_start
 from warpline.stages.parts.config import BadConfig, ParallelConfig
 from warpline.stages.parts.model import build, start_from
@@ -82,7 +82,7 @@ def distilled(tmp_path, tiny_decoder, tokenizer, start_of):
         config = DistillStageConfig(teacher=str(tmp_path / "teacher"), files=["unread"], **settings)
         start = start_of(decoder_of(student_config))
         session = Session("distill", config, RunFolder(tmp_path / "run"), start_mesh(), config.parallel, lambda: start)
-        teacher = Teacher(config, start_from(tmp_path / "teacher", start_mesh()), session)
+        teacher = Teacher(config, start_from(tmp_path / "teacher", start_mesh()), session, start_mesh())
         rows = [pack([Sample([1, 2, 3, 4], [False, True, True, True], "test")]), pack([Sample([5, 6], [False, True], "test")])]
         head = partial(losses, config, teacher, teacher.hidden(rows, [lambda: rows]), 4.0)
         divergence, cross_entropy = session.model.accumulate(rows, head, 2)
@@ -129,3 +129,14 @@ def test_a_student_of_another_vocabulary_is_refused(stage_runner, tmp_path, tiny
     message = f"the student has {tokenizer.vocab_size + 1} tokens and the teacher {tokenizer.vocab_size}; .* one vocabulary"
     with pytest.raises(BadConfig, match=message):
         stage_runner("distill", tmp_path / "run", student_layers=None, start=str(tmp_path / "other"))
+
+
+def test_a_teachers_layout_of_another_number_of_processes_is_bad_input(tmp_path):
+    layout = {"teacher_parallel": {"tensor": 3}}
+    settings = {"steps": 1, "tokens_per_step": 8, "optimizer": {"learning_rate": 1.0}, **layout}
+    config = DistillStageConfig(teacher="there", files=["unread"], **settings)
+    with pytest.raises(BadConfig, match=r"\[teacher_parallel\]: received tensor=3 for 1 processes; .* change it"):
+        _teacher_mesh(config, start_mesh())
+    same = config.model_copy(update={"teacher_parallel": config.parallel})
+    mesh = start_mesh()
+    assert _teacher_mesh(same, mesh) is mesh

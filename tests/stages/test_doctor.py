@@ -131,5 +131,5 @@ def test_under_torchrun_every_ranks_device_is_checked_and_the_first_prints():
     done = subprocess.run([*command, "-m", "warpline.stages.command", "doctor"], capture_output=True, text=True, timeout=300)
     assert re.findall(r"CPU 0 +\d", done.stdout) and done.stdout.count(" CPU 0  ") >= 2
     assert "all-reduce, bus bandwidth" in done.stdout and re.search(r"1 MiB +[\d.]+ GB/s", done.stdout)
-    # Two processes on busy cores may well differ in speed, but not in bits.
-    assert (done.returncode == 0) == ("nothing is wrong" in done.stdout) and "other bits" not in done.stdout
+    # Two processes on busy cores may well differ in speed, which is no fault of theirs, but not in bits.
+    assert done.returncode == 0 and "nothing is wrong" in done.stdout

@@ -69,13 +69,21 @@ def test_the_engine_takes_the_steps_that_pretrain_takes(stage_runner, start_fold
     assert losses(tmp_path / "back") == pytest.approx(losses(tmp_path / "ours"), rel=1e-5)
 
 
-def test_what_megatron_does_not_do_is_refused_by_its_key(text_run, start_folder):
+def test_what_megatron_does_not_do_is_refused_by_its_key(text_run, start_folder, monkeypatch):
     from warpline.stages.parts.config import BadConfig
     from warpline.stages.pretrain_megatron import _check
 
     settings = {"data": str(text_run), "start": str(start_folder), "steps": 1, "sequence_tokens": 8, "sequences_per_step": 1}
+
+    def absent() -> int:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr("torch.cuda.current_device", absent)
+    with pytest.raises(BadConfig, match="runs on GPUs alone, and there is none here; use --engine warpline"):
+        _check(PretrainStageConfig.model_validate({**settings, "optimizer": {"learning_rate": 1e-3}}).parallel)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     for key, value in {"attention": "ulysses", "schedule": "zbv", "recompute": "full", "offload": True}.items():
         parallel = {key: value}
         config = PretrainStageConfig.model_validate({**settings, "optimizer": {"learning_rate": 1e-3}, "parallel": parallel})
-        with pytest.raises(BadConfig, match=f"parallel.{key}"):
+        with pytest.raises(BadConfig, match=f"parallel.{key}.*use --engine warpline"):
             _check(config.parallel)

@@ -36,6 +36,11 @@ def test_a_bad_gpu_is_named_with_what_is_wrong(changes, told):
     assert problems(eight(**changes)) == [f"node7 GPU 3: {told}"]
 
 
+def test_processes_of_one_cpu_are_no_stragglers():
+    slow = [replace(GOOD, is_shared=True, copy_gbytes=rate) for rate in (20.0, 5.0)]
+    assert problems(slow) == [] and problems([replace(slow[1], digest="other"), *slow]) != []
+
+
 def test_gpus_are_judged_among_their_own_model():
     other = [replace(GOOD, where=f"node8 GPU {n}", model="A100", product_tflops=250.0, digest="cd34") for n in range(4)]
     assert problems([*eight(), *other]) == []

@@ -1,4 +1,7 @@
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -73,3 +76,32 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_the_environment_names_versions_and_hardware():
     found = environment()
     assert found["torch"].startswith("2.") and found["warpline"] and found["threads"] >= 1 and found["cpu"]
+
+
+def test_a_folder_that_another_process_has_claimed_is_refused_until_that_ends(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from warpline.stages.parts.config import Config\n"
+        "from warpline.stages.parts.run import RunFolder\n"
+        "RunFolder(Path(sys.argv[1])).open(Config(), 'sft'); print('claimed', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(BadConfig, match=r"run is in use by another process; wait for it"):
+            RunFolder(tmp_path / "run").open(Config(), "sft")
+        RunFolder(tmp_path / "run", writes=False).open(Config(), "sft")
+        other.kill()
+    RunFolder(tmp_path / "run").open(Config(), "sft")
+
+
+def test_a_full_disk_is_told_with_the_files_name_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = RunFolder(tmp_path)
+    run.write_json("ended.json", {"reason": "done"})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*ended\.json"):
+        run.write_json("ended.json", {"reason": "signal"})
+    assert {path.name for path in tmp_path.iterdir()} == {"ended.json"}
+    assert run.read_json("ended.json", None) == {"reason": "done"}
