@@ -142,7 +142,7 @@ def _num_bytes(whole: Whole) -> int:
 def create(layout: Plan, folder: Path) -> None:
     """Creates the files at full size, with their headers; one rank does so, before any writes."""
     for file, head in layout.heads.items():
-        with _naming(folder / file), (folder / file).open("xb") as opened:
+        with naming(folder / file), (folder / file).open("xb") as opened:
             opened.write(head)
             opened.truncate(layout.sizes[file])
             opened.flush()
@@ -160,7 +160,7 @@ def write(layout: Plan, folder: Path, pieces: dict[str, Piece]) -> None:
         if piece.writes and piece.tensor.numel():
             names.setdefault(layout.places[name].file, []).append(name)
     for file in sorted(names):
-        with _naming(folder / file), (folder / file).open("r+b", buffering=0) as opened:
+        with naming(folder / file), (folder / file).open("r+b", buffering=0) as opened:
             for name in sorted(names[file], key=lambda name: layout.places[name].start):
                 _write_piece(opened.fileno(), layout.places[name], pieces[name])
             os.fsync(opened.fileno())
@@ -205,7 +205,7 @@ def runs(part: tuple[int, ...], shape: tuple[int, ...], offset: tuple[int, ...])
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """What a descriptor's calls raise does not name the file."""
     try:
         yield
@@ -316,7 +316,7 @@ def read_pieces(stored: dict[str, Stored], pieces: dict[str, Piece]) -> None:
     """
     for path in sorted({stored[name].path for name in pieces}):
         names = [name for name in pieces if stored[name].path == path]
-        with _naming(path), path.open("rb", buffering=0) as opened:
+        with naming(path), path.open("rb", buffering=0) as opened:
             for name in sorted(names, key=lambda name: stored[name].start):
                 if stored[name].dtype not in _BY_NAME:
                     raise BadCheckpoint(f"{path}: tensor {name} has dtype {stored[name].dtype}; cast it to a plain one")

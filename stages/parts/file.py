@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...parallel.checkpoint import sync
+from ...parallel.tensor_file import naming
 from .config import BadConfig
 
 
@@ -24,15 +23,6 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk's error says which file; Python's names none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

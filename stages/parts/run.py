@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ...parallel.tensor_file import naming
 from .config import BadConfig, Config
-from .file import naming, read_json, write_atomic, write_json
+from .file import read_json, write_atomic, write_json
 
 LAYOUTS = ("parallel", "teacher_parallel")  # a run may go on under another layout
 LOCK = ".lock"

@@ -123,5 +123,5 @@ def test_generation_takes_the_decoder_itself_without_gradients_under_its_precisi
 def test_weights_that_are_gone_when_they_are_needed_are_named(start_folder):
     start = start_from(start_folder, start_mesh())
     (start_folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         made(start)
