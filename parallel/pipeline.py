@@ -138,7 +138,7 @@ class Stage(nn.Module):
             return residual + branch.to(residual.dtype)
         hidden_BSD, _ = self.norm(branch, residual)
         found = self.head(number, hidden_BSD[0], self.decoder.output_weight)
-        return found.expand(1).clone() if isinstance(found, Tensor) and found.dim() == 0 else found  # schedules refuse views
+        return found.reshape(1).clone() if isinstance(found, Tensor) and found.dim() == 0 else found  # schedules refuse views
 
 
 def split(decoder: Any, group: dist.ProcessGroup, schedule: str, stages_per_rank: int = 1) -> list[Stage]:

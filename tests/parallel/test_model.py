@@ -44,7 +44,8 @@ def compared(num_ranks: int, *layouts: str) -> dict[str, dict]:
 
 def test_two_ranks_compute_what_one_process_computes():
     """Tensor, a V of two stages a rank, context, and sharded with everything made again; in a step of six rows, and of one."""
-    assert len(compared(2, "tp2", "pp2 zbv", "cp2 ulysses", "fsdp2")) == 4
+    has_v = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    assert len(compared(2, "tp2", "pp2 zbv" if has_v else "pp2 interleaved", "cp2 ulysses", "fsdp2")) == 4
 
 
 @pytest.mark.slow
@@ -201,7 +202,8 @@ def on_rank(rank: int, sizes: Sizes, config: DecoderConfig = CONFIG, **technique
     ],
     ids=str,
 )
-def test_every_number_is_written_by_one_rank_and_held_where_its_rectangle_is(sizes, is_tied, techniques):
+def test_every_number_is_written_by_one_rank_and_held_where_its_rectangle_is(sizes, is_tied, techniques, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0")  # nothing is run
     config = CONFIG.model_copy(update={"num_kv_heads": 1, "tie_embeddings": is_tied, "query_key_norm": True})
     with torch.device("meta"):
         written = {name: torch.zeros(p.shape, device="cpu") for name, p in Decoder(config).named_parameters()}
@@ -216,7 +218,8 @@ def test_every_number_is_written_by_one_rank_and_held_where_its_rectangle_is(siz
     assert {name for name, count in written.items() if not bool((count == 1).all())} == set()
 
 
-def test_layouts_that_a_model_cannot_have_are_refused_with_the_nearest_that_it_can():
+def test_layouts_that_a_model_cannot_have_are_refused_with_the_nearest_that_it_can(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0")  # nothing is run
     with pytest.raises(ValueError, match="tensor=3 does not divide its 4 query heads; the nearest legal layout is"):
         on_rank(0, Sizes(tensor=3))
     with pytest.raises(ValueError, match="pipeline=8 exceeds its 4 layers; the nearest legal layout is"):

@@ -76,8 +76,9 @@ def test_a_torch_that_cannot_split_a_backward_is_refused(schedule, monkeypatch):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_rank_keeps_its_stages_under_the_decoders_names_and_nothing_else(is_tied):
+def test_a_rank_keeps_its_stages_under_the_decoders_names_and_nothing_else(is_tied, monkeypatch):
     """Of 4 equal layers: the first stage has the embedding, the last the norm and the matrix; a V has both on one rank."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0")  # nothing is run
     matrix = "embed_tokens" if is_tied else "lm_head"
     kept = {}
     for schedule in ("1f1b", "interleaved", "zbv"):
