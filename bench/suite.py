@@ -106,9 +106,9 @@ def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Nam
     try:
         module = module_of(name)
     except ModuleNotFoundError as error:  # a bare machine has what the kernels need, and not what the stages need
-        return _left_out(report, f"{error}; install the package")
+        return _left_out(report, arguments, f"{error}; install the package")
     if name in STAGES and arguments.profile is not None:
-        return _left_out(report, "a stage is traced by `warpline profile`")
+        return _left_out(report, arguments, "a stage is traced by `warpline profile`")
 
     def cases() -> list[Any]:
         found = list(module.cases(device, is_quick))
@@ -129,11 +129,11 @@ def module_of(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _left_out(report: Report, reason: str) -> str:
+def _left_out(report: Report, arguments: argparse.Namespace, reason: str) -> str:
     """Says that a bench did not run, and why; that is no failure."""
     print(f"left out: {report.bench}: {reason}")
     ended = f"left out: {reason}"
-    if report.bench in report.results.benches:
+    if arguments.profile is None:
         report.end(ended, 0.0)
     return ended
 

@@ -72,6 +72,23 @@ def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, capsys, mo
     assert "left out: sft: No module named 'pydantic'" in capsys.readouterr().out
 
 
+def test_a_trace_writes_nothing_into_results(tmp_path, monkeypatch, with_bench):
+    with_bench(square_case())
+    for name in ("rope", "sft"):
+        assert main([name, "--no-pictures", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/*.json")
+    before = path.read_bytes()
+    main(["rope", "sft", "--profile", "no such row", "--out", str(tmp_path)])
+    assert path.read_bytes() == before, "a stage is left out of a trace, and a bench is not timed"
+
+    def refuse(name):
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    monkeypatch.setattr(suite, "module_of", refuse)
+    main(["rope", "--profile", "square", "--out", str(tmp_path)])
+    assert path.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench):
     with_bench(square_case(), square_case(operation="other"))
