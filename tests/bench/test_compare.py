@@ -8,7 +8,8 @@ from warpline.bench.compare import compare
 from warpline.bench.rows import Results, Row, save
 from warpline.bench.suite import main
 
-MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc"}
+MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc", "card": "cpu", "processor": "two cores", "threads": 2,
+           "torch": "2.13"}  # fmt: skip
 
 
 def results(**milliseconds: float) -> Results:
@@ -69,6 +70,19 @@ def test_the_command_exits_1_on_a_regression(tmp_path, capsys, after, code):
         save(results(warpline=time), tmp_path / f"{name}.json")
     assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
     assert ("REGRESSION" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"milliseconds": 1.0', '"milliseconds": 0'), ('"name"', '"names"'), ("{", "[" * 100_000)],
+    ids=["no time", "no machine", "deep"],
+)
+def test_an_edited_file_is_bad_input_in_one_line_and_no_regression(tmp_path, capsys, old, new):
+    save(results(warpline=1.0), tmp_path / "a.json")
+    (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text().replace(old, new))
+    assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("warpline bench: ") and output.err.count("\n") == 1
 
 
 def test_a_file_that_is_not_there_is_bad_input(tmp_path, capsys):
