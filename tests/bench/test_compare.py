@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from warpline.bench.compare import compare
-from warpline.bench.rows import Results, Row, save
+from warpline.bench.rows import Bench, Results, Row, save
 from warpline.bench.suite import main
 
 MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc", "card": "cpu", "processor": "two cores", "threads": 2,
@@ -62,6 +62,23 @@ def test_a_check_that_fails_now_is_a_regression_at_any_speed():
 def test_rows_of_one_file_only_are_counted():
     words, _ = compare(results(warpline=1.0, eager=1.0), results(warpline=1.0, liger=1.0))
     assert "1 rows in both" in words and "1 rows only in the first, 1 only in the second" in words
+
+
+@pytest.mark.parametrize("ended", ["failed", "failed: 4 of 4: bench_case[rope]: boom", "interrupted", "running"])
+def test_a_bench_that_was_complete_and_is_not_now_is_a_regression(ended):
+    before, after = results(warpline=1.0), results(warpline=1.0)
+    before.benches, after.benches = {"rope": Bench("complete", True)}, {"rope": Bench(ended, True)}
+    words, has_regressed = compare(before, after)
+    assert has_regressed and f"REGRESSION rope: complete → {ended}" in words
+    assert not compare(after, before)[1] and not compare(after, after)[1] and not compare(before, before)[1]
+
+
+def test_a_bench_that_did_not_run_is_named_and_is_no_regression():
+    before, after = results(warpline=1.0), results(warpline=1.0)
+    before.benches = {name: Bench("complete", True) for name in ("rope", "sft")}
+    after.benches = {"sft": Bench("left out: No module named 'pydantic'; install the package", True)}
+    words, has_regressed = compare(before, after)
+    assert not has_regressed and "not in the second: rope" in words and "sft: complete → left out: No module" in words
 
 
 @pytest.mark.parametrize(("after", "code"), [(1.0, 0), (2.0, 1)])
