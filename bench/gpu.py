@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .measure import Report
-from .rows import RESULTS
+from .rows import RESULTS, BadResults
 from .suite import KERNELS, pictures
 from .table import table
 
@@ -64,7 +64,10 @@ def main() -> None:
     if unknown:
         parser.error(f"{sorted(unknown)[0]!r} is neither tests nor a bench; choose among {' '.join(PARTS)}")
     folder = arguments.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _report(folder)
+    except BadResults as error:
+        parser.error(str(error))
     chosen, ended = todo(arguments.names, folder), {}
     print(f"to do: {' '.join(chosen) or 'nothing'}", flush=True)
     for name in chosen:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .machine import cache_bytes, held_bytes, machine_of, memory_watch
-from .rows import RESULTS, BadResults, Bench, Results, load, path_of, save
+from .rows import RESULTS, BadResults, Bench, Results, check_writable, load, path_of, save
 from .rows import Row as Row  # benches that run by themselves take it from here
 from .telemetry import Telemetry
 
@@ -77,12 +77,14 @@ class Rounds(Protocol):
 
 
 class Report:
-    """The rows of a run, on disk after every one; an earlier file of the same day and commit is continued."""
+    """The rows of a run, on disk after every one; an earlier file of the same day and commit is continued. BadResults where
+    none can be written."""
 
     def __init__(self, folder: Path, device: torch.device):
         self.device = device
         machine = machine_of(device)
         self.path = path_of(folder, machine)
+        check_writable(self.path)
         try:
             self.results = load(self.path) if self.path.exists() else Results(machine)
         except BadResults as error:
@@ -122,7 +124,10 @@ def begin(name: str, description: str | None, quick: str) -> tuple[torch.device,
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(arguments.out, device)
+    try:
+        report = Report(arguments.out, device)
+    except BadResults as error:
+        parser.error(str(error))
     report.start(name, arguments.quick)
     return device, report, arguments.quick
 

@@ -8,9 +8,12 @@ Expect  a second run of the same day and commit replaces the rows of the benches
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import tempfile
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,7 +28,7 @@ NOT_ALWAYS_FINITE = ("error", "eager_error")  # a NaN is found by the check, and
 
 
 class BadResults(ValueError):
-    """A file that is not a results file, in one line."""
+    """A file that is not a results file, or cannot become one, in one line."""
 
 
 @dataclass
@@ -101,9 +104,9 @@ def load(path: Path) -> Results:
         raise BadResults(f"received {path}: {error}; expected a file that `warpline bench` wrote") from error
     results: Results = _checked(Results, content, path.name)
     _check_machine(results.machine, f"{path.name}.machine")
-    keys = [row.key for row in results.rows]
-    for number, key in enumerate(keys):
-        if (first := keys.index(key)) != number:
+    firsts: dict[tuple[str, ...], int] = {}
+    for number, key in enumerate(row.key for row in results.rows):
+        if (first := firsts.setdefault(key, number)) != number:
             twice = f"{path.name}: received rows[{first}] and rows[{number}] of one key, {' / '.join(key)}"
             raise BadResults(f"{twice}; expected each measurement once: measure again, or take one out")
     return results
@@ -114,6 +117,18 @@ def save(results: Results, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(results), indent=1) + "\n")
     temporary.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """That `save` can write there, found out before anything is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    except OSError as error:
+        raise BadResults(f"received --out for {path}: {error.strerror}; expected a folder that can be written") from error
 
 
 def path_of(folder: Path, machine: dict[str, str | int]) -> Path:

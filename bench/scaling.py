@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from ..parallel.mesh import Mesh, num_processes
 from .measure import Report, interquartile_range, synchronise
-from .rows import RESULTS, Row
+from .rows import RESULTS, BadResults, Row
 from .table import table
 
 
@@ -56,7 +56,10 @@ def run(
     if not counts:
         print(f"{name}: received one GPU; expected two or more: nothing is measured", file=sys.stderr)
         return 1
-    report = Report(arguments.out, device)
+    try:
+        report = Report(arguments.out, device)
+    except BadResults as error:
+        parser.error(str(error))
     report.start(name, arguments.quick)
     report.absent(absent)
     for row in alone(arguments.quick):

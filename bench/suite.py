@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
             words, has_regressed = compare(*(load(path) for path in arguments.compare))
             print(words)
             return int(has_regressed)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report = Report(arguments.out, device)
     except BadResults as error:
         print(f"warpline bench: {error}", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(arguments.out, device)
     chosen = arguments.names or [*KERNELS, *STAGES]
     if arguments.profile is None:
         report.results.ceilings = ceilings(device)

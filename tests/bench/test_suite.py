@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from warpline.bench import suite
+from warpline.bench.machine import machine_of
 from warpline.bench.measure import Candidate, Case
-from warpline.bench.rows import load
+from warpline.bench.rows import load, path_of
 from warpline.bench.suite import KERNELS, STAGES, compile_once, main
 
 
@@ -87,6 +88,23 @@ def test_a_trace_writes_nothing_into_results(tmp_path, monkeypatch, with_bench):
     monkeypatch.setattr(suite, "module_of", refuse)
     main(["rope", "--profile", "square", "--out", str(tmp_path)])
     assert path.read_bytes() == before
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch, with_bench):
+    with_bench(square_case())
+
+    def measured(device):
+        raise AssertionError("the ceilings are measured")
+
+    monkeypatch.setattr(suite, "ceilings", measured)
+    (tmp_path / "file").touch()
+    folder = tmp_path / "out"
+    path_of(folder, machine_of(torch.device("cpu"))).mkdir(parents=True)
+    for out, reason in ((tmp_path / "file" / "below", "Not a directory"), (folder, "Is a directory")):
+        assert main(["rope", "--out", str(out)]) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.count("\n") == 1
+        assert output.err.startswith(f"warpline bench: received --out for {out}") and reason in output.err
 
 
 @pytest.mark.slow
