@@ -4,7 +4,8 @@ Run     warpline bench [NAME ...] [--quick] [--out DIR]         (PYTHONPATH=src 
         warpline bench --compare A.json B.json                   warpline bench NAME --profile TEXT
 Writes  DIR/<machine>/<date>-<commit>.json (default bench/results) as it measures; beside it a picture of each bench, of the
         roofline and of the stages, and one page with all of them
-Expect  exit code 0 if every bench ran and every check of ours passed; --compare exits 1 on a regression beyond the spread
+Expect  exit code 0 if every bench ran and every check of ours passed; --compare exits 1 on a regression beyond the spread;
+        2, with one line, where a file, the folder or what measuring needs is not as it must be
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from . import session
@@ -42,6 +42,10 @@ PYTEST = (
 )  # fmt: skip
 
 
+class BadMachine(ValueError):
+    """A machine without what measuring needs, in one line."""
+
+
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("warpline bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benches, default all: {' '.join(KERNELS + STAGES)}")
@@ -64,9 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             words, has_regressed = compare(*(load(path) for path in arguments.compare))
             print(words)
             return int(has_regressed)
+        check_pytest()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         report = Report(arguments.out, device)
-    except BadResults as error:
+    except (BadResults, BadMachine) as error:
         print(f"warpline bench: {error}", file=sys.stderr)
         return 2
     chosen = arguments.names or [*KERNELS, *STAGES]
@@ -96,8 +101,21 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
+def check_pytest() -> None:
+    """What calls the rounds is there; a comparison does without."""
+    try:
+        importlib.import_module("pytest")
+        importlib.import_module("pytest_benchmark")
+    except ModuleNotFoundError as error:
+        raise BadMachine(
+            f"{error}; expected pytest-benchmark, which calls the rounds: pip install 'warpline[bench]'"
+        ) from error
+
+
 def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> str:
     """One bench; how it ended, as in `rows.Bench`."""
+    import pytest  # a comparison runs without it
+
     is_quick, device, started = arguments.quick, report.device, time.monotonic()
     if arguments.profile is None:
         report.start(name, is_quick)

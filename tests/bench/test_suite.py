@@ -12,7 +12,7 @@ import torch
 from warpline.bench import suite
 from warpline.bench.machine import machine_of
 from warpline.bench.measure import Candidate, Case
-from warpline.bench.rows import load, path_of
+from warpline.bench.rows import Results, Row, load, path_of, save
 from warpline.bench.suite import KERNELS, STAGES, compile_once, main
 
 
@@ -105,6 +105,22 @@ def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
         output = capsys.readouterr()
         assert output.out == "" and output.err.count("\n") == 1
         assert output.err.startswith(f"warpline bench: received --out for {out}") and reason in output.err
+
+
+@pytest.mark.parametrize("absent", ["pytest", "pytest_benchmark"])
+def test_without_pytest_a_bench_says_what_to_install_and_a_comparison_runs(absent, tmp_path):
+    machine = machine_of(torch.device("cpu"))
+    save(Results(machine, rows=[Row("norm", "warpline", {"R": 4}, "float32", 1.0, 0.1)]), tmp_path / "a.json")
+    code = f"import sys\nsys.modules[{absent!r}] = None\nfrom warpline.bench.suite import main\nsys.exit(main(sys.argv[1:]))\n"
+
+    def bench(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+    done = bench("rope", "--out", str(tmp_path))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert absent in done.stderr and "pip install 'warpline[bench]'" in done.stderr
+    done = bench("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+    assert done.returncode == 0 and "1 rows in both" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
