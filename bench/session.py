@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .measure import Report
-from .profile import profile
+from .profile import Traced, profile
 from .rows import Row
 from .telemetry import Telemetry
 
@@ -31,7 +31,7 @@ class Plan:
         measure: Callable[..., list[Row]],
     ):
         self.report, self.telemetry, self.cases, self.seconds, self.measure = report, telemetry, cases, seconds, measure
-        self.profiled: str | None = None
+        self.traced: Traced | None = None
         self.failures: list[str] = []
         self.num_cases = 0
 
@@ -50,8 +50,8 @@ class Plan:
 
 def bench_case(work: tuple[Plan, Any], benchmark: Any) -> None:
     plan, case = work
-    if plan.profiled is not None:
-        benchmark.pedantic(profile, args=(case, plan.report, plan.profiled))
+    if plan.traced is not None:
+        benchmark.pedantic(profile, args=(case, plan.report, plan.traced))
         return
     rows = plan.measure(case, benchmark, plan.report, plan.telemetry, plan.seconds)
     benchmark.extra_info["rows"] = [row.key for row in rows]

@@ -24,6 +24,7 @@ from . import session
 from .compare import compare
 from .machine import ceilings
 from .measure import Case, Report, measure
+from .profile import Traced
 from .rows import RESULTS, BadResults, load, save
 from .session import Plan
 from .table import table
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warpline bench: {error}", file=sys.stderr)
         return 2
     chosen = arguments.names or [*KERNELS, *STAGES]
-    if arguments.profile is None:
+    traced = None if arguments.profile is None else Traced(arguments.profile)
+    if traced is None:
         report.results.ceilings = ceilings(device)
         print(f"{report.path}\nceilings: {report.results.ceilings}", flush=True)
     telemetry = Telemetry(device)
@@ -83,12 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"absent: telemetry and energy: {telemetry.absent}")
     failed = []
     for name in chosen:
-        ended = run(name, report, telemetry, arguments)
+        ended = run(name, report, telemetry, arguments, traced)
         if ended.startswith(("failed", "interrupted")):
             failed.append(name)
         if ended == "interrupted":
             break
-    if arguments.profile is not None:
+    if traced is not None:
+        if traced.num_traced == 0 and not failed:
+            print(f"warpline bench: {traced.refusal()}", file=sys.stderr)
+            return 2
         return int(bool(failed))
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     save(report.results, report.path)
@@ -112,33 +117,33 @@ def check_pytest() -> None:
         ) from error
 
 
-def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> str:
+def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace, traced: Traced | None) -> str:
     """One bench; how it ended, as in `rows.Bench`."""
     import pytest  # a comparison runs without it
 
     is_quick, device, started = arguments.quick, report.device, time.monotonic()
-    if arguments.profile is None:
+    if traced is None:
         report.start(name, is_quick)
     report.bench = name
     print(f"\n== {name}", flush=True)
     try:
         module = module_of(name)
     except ModuleNotFoundError as error:  # a bare machine has what the kernels need, and not what the stages need
-        return _left_out(report, arguments, f"{error}; install the package")
-    if name in STAGES and arguments.profile is not None:
-        return _left_out(report, arguments, "a stage is traced by `warpline profile`")
+        return _left_out(report, traced, f"{error}; install the package")
+    if name in STAGES and traced is not None:
+        return _left_out(report, traced, "a stage is traced by `warpline profile`")
 
     def cases() -> list[Any]:
         found = list(module.cases(device, is_quick))
         return compile_once(found) if device.type == "cpu" and name in KERNELS else found
 
     plan = Plan(report, telemetry, cases, SECONDS[device.type, is_quick], getattr(module, "measure_case", measure))
-    plan.profiled = arguments.profile
+    plan.traced = traced
     code = pytest.main([*PYTEST, str(session.__file__)], plugins=[plan])
     ended = "complete" if code == 0 else "interrupted" if code == pytest.ExitCode.INTERRUPTED else "failed"
     if plan.failures:
         ended = f"failed: {len(plan.failures)} of {plan.num_cases}: {plan.failures[0]}"
-    if arguments.profile is None:
+    if traced is None:
         report.end(ended, time.monotonic() - started)
     return ended
 
@@ -147,11 +152,11 @@ def module_of(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _left_out(report: Report, arguments: argparse.Namespace, reason: str) -> str:
+def _left_out(report: Report, traced: Traced | None, reason: str) -> str:
     """Says that a bench did not run, and why; that is no failure."""
     print(f"left out: {report.bench}: {reason}")
     ended = f"left out: {reason}"
-    if arguments.profile is None:
+    if traced is None:
         report.end(ended, 0.0)
     return ended
 

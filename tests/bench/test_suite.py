@@ -12,6 +12,7 @@ import torch
 from warpline.bench import suite
 from warpline.bench.machine import machine_of
 from warpline.bench.measure import Candidate, Case
+from warpline.bench.profile import has_words
 from warpline.bench.rows import Results, Row, load, path_of, save
 from warpline.bench.suite import KERNELS, STAGES, compile_once, main
 
@@ -123,10 +124,34 @@ def test_without_pytest_a_bench_says_what_to_install_and_a_comparison_runs(absen
     assert done.returncode == 0 and "1 rows in both" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("name", ["rope", "sft"])
+def test_a_trace_of_no_row_is_refused_with_the_rows(tmp_path, capsys, with_bench, name):
+    with_bench(*(square_case(size=size) for size in range(64, 74)))
+    assert main([name, "--profile", "square R=72 peer", "--out", str(tmp_path)]) == 2
+    words = capsys.readouterr().err
+    assert words.count("\n") == 1 and "received --profile 'square R=72 peer', and no row contains it; rows are" in words
+    if name == "rope":
+        assert "rope square [R=72] eager" in words and words.count("rope square") == 4
+    else:
+        assert "rows are none" in words, "a stage is left out"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["swiglu, forward   R=4096 F=512", "swiglu, forward [R=4096,F=512]", "forward R=4096,  F=512 eager", " swiglu swiglu ", ""],
+)
+def test_a_row_is_found_as_the_table_prints_it(words):
+    row = "swiglu swiglu, forward [R=4096,F=512] eager"
+    assert has_words(row, words) and not has_words(
+        row.replace("4096", "2048").replace("swiglu swiglu", "glu"), words or "R=4096"
+    )
+
+
 @pytest.mark.slow
-def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench):
+@pytest.mark.parametrize("words", ["square [R=64] eager", "square   R=64   float32 eager"])
+def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench, words):
     with_bench(square_case(), square_case(operation="other"))
-    assert main(["rope", "--profile", "square [R=64] eager", "--out", str(tmp_path)]) == 0
+    assert main(["rope", "--profile", words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/profile/*")
     assert path.name == "rope-square-r-64-eager.trace.json.gz"
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
