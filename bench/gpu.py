@@ -21,7 +21,7 @@ import torch
 from .measure import Report
 from .rows import RESULTS, BadResults
 from .suite import KERNELS, pictures
-from .table import table
+from .table import table, terminal_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", *KERNELS)
@@ -84,7 +84,7 @@ def main() -> None:
     if report.path.exists():
         for path in pictures(report.path):
             print(path)
-        print(table(report.results, KERNELS))
+        print(table(report.results, KERNELS, terminal_columns()))
     print("\npart                 exit code   seconds")
     for name, (code, seconds) in ended.items():
         print(f"{name:<20} {code:>9} {seconds:>9.0f}")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ..parallel.mesh import Mesh, num_processes
 from .measure import Report, interquartile_range, synchronise
 from .rows import RESULTS, BadResults, Row
-from .table import table
+from .table import table, terminal_columns
 
 
 def device_of() -> torch.device:
@@ -70,7 +70,7 @@ def run(
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     is_right = all(row.check in ("", "passed") for row in report.results.rows if row.bench == name)
     report.end("complete" if is_right else "failed: a check", time.monotonic() - started)
-    print(table(report.results, [name]), report.path, sep="\n")
+    print(table(report.results, [name], terminal_columns()), report.path, sep="\n")
     return int(not is_right)
 
 

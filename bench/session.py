@@ -44,6 +44,11 @@ class Plan:
         if report.failed:
             reason = report.longreprtext.strip().splitlines()[-1].removeprefix("E ").strip()
             self.failures.append(f"{report.nodeid.partition('::')[2]}: {reason}".removeprefix(": "))
+            print(f"failed: {self.failures[-1]}", flush=True)
+
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str]:
+        """No dot and no F: the next row would stand behind it."""
+        return report.outcome if report.when == "call" else "error" if report.failed else "", "", ""
 
     pytest_collectreport = pytest_runtest_logreport  # where the cases cannot be made at all
 

@@ -27,7 +27,7 @@ from .measure import Case, Report, measure
 from .profile import Traced
 from .rows import RESULTS, BadResults, load, save
 from .session import Plan
-from .table import table
+from .table import table, terminal_columns
 from .telemetry import Telemetry
 
 KERNELS = (
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(failed))
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     save(report.results, report.path)
-    print(table(report.results, chosen))
+    print(table(report.results, chosen, terminal_columns()))
     if not arguments.no_pictures:
         for path in pictures(report.path):
             print(path)

@@ -55,6 +55,17 @@ def test_a_check_of_ours_that_fails_fails_the_bench_and_keeps_the_other_cases(tm
     assert len(results.rows) == 4 and "refused" in capsys.readouterr().out
 
 
+def test_every_row_and_every_failure_begins_a_line(tmp_path, capsys, monkeypatch, with_bench):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with_bench(square_case(operation="first"), square_case(0.1, "wrong"), square_case(operation="last"))
+    main(["rope", "--no-pictures", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " ms ±" in line] == ["first", "first", "wrong", "wrong", "last", "last"]
+    assert any(line.startswith("failed: bench_case[wrong [R=64]]: AssertionError: wrong [R=64]: warpline") for line in lines)
+    assert any(line.startswith("E ") and "AssertionError" in line for line in lines), "the failure is shown where it was"
+    assert any(line.startswith("1 failed, 2 passed") for line in lines)
+
+
 def test_cases_that_cannot_be_made_fail_the_bench(tmp_path, monkeypatch, with_bench):
     with_bench()
     broken = types.SimpleNamespace(cases=lambda device, is_quick: [][0])
