@@ -24,6 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MACHINE_KEYS = ("name", "processor", "card", "threads", "torch", "date", "commit")  # what comparisons, pictures and paths read
 ABOVE_ZERO = ("milliseconds", "copy_gbytes_per_second", "product_tflops")  # others are over these
 NOT_BELOW_ZERO = ("spread", "self_spread", "tflops", "gbytes_per_second", "of_ceiling", "tokens", "peak_mib", "split")
+SMALLEST, LARGEST = 1e-12, 1e15  # of what is above zero, and of everything: ratios of such numbers stay finite and above zero
 NOT_ALWAYS_FINITE = ("error", "eager_error")  # a NaN is found by the check, and the row is kept
 
 
@@ -190,12 +191,14 @@ def _check_range(name: str, value: Any, where: str) -> None:
     for part, number in value.items() if isinstance(value, dict) else [("", value)]:
         if isinstance(number, str | bool) or not isinstance(number, int | float):
             continue
-        is_finite = math.isfinite(number) or name in NOT_ALWAYS_FINITE
-        is_low = (name in ABOVE_ZERO and number <= 0) or (name in NOT_BELOW_ZERO and number < 0)
+        is_finite = (math.isfinite(number) and abs(number) <= LARGEST) or name in NOT_ALWAYS_FINITE
+        is_low = (name in ABOVE_ZERO and number < SMALLEST) or (name in NOT_BELOW_ZERO and number < 0)
         if is_low or not is_finite:
-            bound = " above zero" if name in ABOVE_ZERO else " not below zero" if name in NOT_BELOW_ZERO else ""
+            bound = f" of {SMALLEST:g} or more" if name in ABOVE_ZERO else " not below zero" if name in NOT_BELOW_ZERO else ""
             at = f"{where}.{part}" if part else where
-            raise BadResults(f"{at}: received {number!r:.60}; expected a finite number{bound}: measure again, or mend the file")
+            raise BadResults(
+                f"{at}: received {number!r:.60}; expected a number{bound}, at most {LARGEST:g}: measure again, or mend the file"
+            )
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -41,30 +41,30 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         (lambda r: r.update(rows={}), "rows: received {}; expected list"),
         (
             lambda r: r["rows"][0].update(milliseconds=0),
-            "rows[0].milliseconds: received 0; expected a finite number above zero",
+            "rows[0].milliseconds: received 0; expected a number of 1e-12 or more, at most 1e+15",
         ),
         (
             lambda r: r["rows"][0].update(milliseconds=-5.0),
-            "rows[0].milliseconds: received -5.0; expected a finite number above",
+            "rows[0].milliseconds: received -5.0; expected a number of 1e-12 or more",
         ),
-        (lambda r: r["rows"][0].update(milliseconds=math.nan), "rows[0].milliseconds: received nan; expected a finite number"),
+        (lambda r: r["rows"][0].update(milliseconds=math.nan), "rows[0].milliseconds: received nan; expected a number"),
         (
             lambda r: r["rows"][0].update(spread=math.inf),
-            "rows[0].spread: received inf; expected a finite number not below zero",
+            "rows[0].spread: received inf; expected a number not below zero",
         ),
         (
             lambda r: r["rows"][0].update(self_spread=-0.1),
-            "rows[0].self_spread: received -0.1; expected a finite number not below",
+            "rows[0].self_spread: received -0.1; expected a number not below",
         ),
         (lambda r: r["rows"][0].update(milliseconds=10**400), "rows[0].milliseconds: received 1000"),
-        (lambda r: r["rows"][0].update(joules=math.nan), "rows[0].joules: received nan; expected a finite number:"),
+        (lambda r: r["rows"][0].update(joules=math.nan), "rows[0].joules: received nan; expected a number, at most 1e+15:"),
         (
             lambda r: r["ceilings"]["product_tflops"].update(float32=0.0),
             "ceilings.product_tflops.float32: received 0.0; expected",
         ),
         (
             lambda r: r["ceilings"].update(copy_gbytes_per_second=-1.0),
-            "copy_gbytes_per_second: received -1.0; expected a finite",
+            "copy_gbytes_per_second: received -1.0; expected a number",
         ),
         (lambda r: r.update(machine={}), "machine: received no name, processor, card, threads, torch, date, commit; expected"),
         (lambda r: r["machine"].pop("card"), "machine: received no card; expected"),
