@@ -1,10 +1,11 @@
 """What became faster or slower between two files of results, beyond the spread of the same code against itself.
 
 Run     warpline bench --compare A.json B.json
-Expect  exit code 1 if a row of ours became slower, or its check failed. The machine's own drift is taken out: a row's change is
-        over that of the others in its case, the peers and limits that ran in turns with it; what those differ by is added to
-        the spread. (Three runs of one commit on a machine whose load changed: everything 4 to 5 times slower, and no code.)
-        Rows that only one file has are counted.
+Expect  exit code 1 if a row of ours became slower, its check failed, or a bench that was complete failed or was cut off. The
+        machine's own drift is taken out: a row's change is over that of the others in its case, the peers and limits that ran
+        in turns with it; what those differ by is added to the spread. (Three runs of one commit on a machine whose load
+        changed: everything 4 to 5 times slower, and no code.) Benches that the second run left out or was not asked for are
+        named, rows that only one file has are counted, and neither is a regression.
 """
 
 from __future__ import annotations
@@ -44,9 +45,26 @@ def compare(before: Results, after: Results) -> tuple[str, bool]:
         is_regression = verdict.startswith(("slower", "check"))
         has_regressed |= is_regression
         lines.append(f"{'REGRESSION ' if is_regression else ''}{verdict}: {' / '.join(now.key)}")
+    for words, is_regression in ends_of(before, after):
+        has_regressed |= is_regression
+        lines.append(f"{'REGRESSION ' if is_regression else ''}{words}")
     only_old, only_new = len(old) - len(shared), len(after.rows) - len(shared)
     lines.append(f"{num_same} of ours within the spread; {only_old} rows only in the first, {only_new} only in the second")
     return "\n".join(lines), has_regressed
+
+
+def ends_of(before: Results, after: Results) -> list[tuple[str, bool]]:
+    """(what became of a bench that was complete, whether that is a regression), where it is not complete now."""
+    found = []
+    for name, bench in before.benches.items():
+        now = after.benches.get(name)
+        if bench.ended != "complete" or (now is not None and now.ended == "complete"):
+            continue
+        if now is None:
+            found.append((f"not in the second: {name}", False))
+        else:
+            found.append((f"{name}: complete → {now.ended}", not now.ended.startswith("left out")))
+    return found
 
 
 def drifts_of(pairs: list[tuple[Row, Row]]) -> dict[tuple[str, ...], Drift]:

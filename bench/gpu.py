@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from .measure import Report
-from .rows import RESULTS
+from .rows import RESULTS, BadResults
 from .suite import KERNELS, pictures
-from .table import table
+from .table import table, terminal_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", *KERNELS)
@@ -64,7 +64,10 @@ def main() -> None:
     if unknown:
         parser.error(f"{sorted(unknown)[0]!r} is neither tests nor a bench; choose among {' '.join(PARTS)}")
     folder = arguments.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _report(folder)
+    except BadResults as error:
+        parser.error(str(error))
     chosen, ended = todo(arguments.names, folder), {}
     print(f"to do: {' '.join(chosen) or 'nothing'}", flush=True)
     for name in chosen:
@@ -81,7 +84,7 @@ def main() -> None:
     if report.path.exists():
         for path in pictures(report.path):
             print(path)
-        print(table(report.results, KERNELS))
+        print(table(report.results, KERNELS, terminal_columns()))
     print("\npart                 exit code   seconds")
     for name, (code, seconds) in ended.items():
         print(f"{name:<20} {code:>9} {seconds:>9.0f}")

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .machine import cache_bytes, held_bytes, machine_of, memory_watch
-from .rows import RESULTS, BadResults, Bench, Results, load, path_of, save
+from .rows import RESULTS, BadResults, Bench, Results, check_writable, load, path_of, save
 from .rows import Row as Row  # benches that run by themselves take it from here
+from .table import folded, terminal_columns
 from .telemetry import Telemetry
 
 ITSELF = "itself"
@@ -77,12 +78,14 @@ class Rounds(Protocol):
 
 
 class Report:
-    """The rows of a run, on disk after every one; an earlier file of the same day and commit is continued."""
+    """The rows of a run, on disk after every one; an earlier file of the same day and commit is continued. BadResults where
+    none can be written."""
 
     def __init__(self, folder: Path, device: torch.device):
         self.device = device
         machine = machine_of(device)
         self.path = path_of(folder, machine)
+        check_writable(self.path)
         try:
             self.results = load(self.path) if self.path.exists() else Results(machine)
         except BadResults as error:
@@ -100,7 +103,7 @@ class Report:
         row.bench = row.bench or self.bench
         self.results.rows.append(row)
         save(self.results, self.path)
-        print(line_of(row), flush=True)
+        print(line_of(row, terminal_columns()), flush=True)
 
     def absent(self, reasons: Mapping[str, str]) -> None:
         known = self.results.benches[self.bench].absent
@@ -122,14 +125,19 @@ def begin(name: str, description: str | None, quick: str) -> tuple[torch.device,
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(arguments.out, device)
+    try:
+        report = Report(arguments.out, device)
+    except BadResults as error:
+        parser.error(str(error))
     report.start(name, arguments.quick)
     return device, report, arguments.quick
 
 
-def line_of(row: Row) -> str:
+def line_of(row: Row, columns: int | None = None) -> str:
+    """Of any length, or where that is more than `columns`, several lines with the numbers below the names."""
     shape = " ".join(f"{name}={size}" for name, size in row.shape.items())
-    parts = [f"{row.operation:<34} {shape:<28} {row.dtype:<5} {row.candidate:<22} {row.milliseconds:9.3f} ms ±{row.spread:.3f}"]
+    names = f"{row.operation:<34} {shape:<28} {row.dtype:<5} {row.candidate:<22}"
+    parts = [f"{row.milliseconds:9.3f} ms ±{row.spread:.3f}"]
     is_streaming = row.tflops is not None and row.gbytes_per_second and row.tflops * 1e3 < 20 * row.gbytes_per_second
     figures = (
         ("{:6.3g} TFLOP/s", None if is_streaming else row.tflops),
@@ -143,7 +151,12 @@ def line_of(row: Row) -> str:
         parts.append(row.check)
     if "throttled" in row.telemetry:
         parts.append(f"THROTTLED: {row.telemetry['throttled']}")
-    return "  ".join([*parts, row.note]).rstrip()
+    parts += [row.note] if row.note else []
+    line = f"{names} {'  '.join(parts)}"
+    if columns is None or len(line) <= columns:
+        return line
+    titles = folded([row.operation, shape, row.dtype, row.candidate], columns, "")
+    return f"{titles}\n{folded([part.strip() for part in parts], columns, '    ')}"
 
 
 def absent(module: str) -> str | None:

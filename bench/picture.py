@@ -102,8 +102,8 @@ def draw_panel(axes: Axes, panel: Panel, candidates: Sequence[str], label: str, 
         for row in panel.rows:
             index, height = candidates.index(row.candidate), value(row) or 0.0
             axes.bar(
-                row.candidate, height, yerr=min(row.spread / 2, height) if is_time else None, capsize=3, edgecolor="black",
-                color=str(0.95 - 0.12 * (index % 4)), hatch=HATCHES[index % len(HATCHES)],
+                row.candidate, height, yerr=whiskers([row.spread / 2], [height], 1.0) if is_time else None, capsize=3,
+                edgecolor="black", color=str(0.95 - 0.12 * (index % 4)), hatch=HATCHES[index % len(HATCHES)],
             )  # fmt: skip
             axes.annotate(f"{height:.3g}", (row.candidate, 0), xytext=(0, 4), textcoords="offset points", **LABEL)
         axes.tick_params(axis="x", rotation=20, labelsize=7)
@@ -118,8 +118,8 @@ def draw_panel(axes: Axes, panel: Panel, candidates: Sequence[str], label: str, 
         marker, style = STYLES[index % len(STYLES)]
         xs, ys, halves = zip(*points, strict=True)
         axes.errorbar(
-            xs, ys, yerr=[min(half, 0.9 * y) for half, y in zip(halves, ys, strict=True)] if is_time else None, label=candidate,
-            marker=marker, linestyle=style, color=str(0.13 * (index % 5)), markersize=5, capsize=3,
+            xs, ys, yerr=whiskers(halves, ys, 0.9) if is_time else None, label=candidate, marker=marker, linestyle=style,
+            color=str(0.13 * (index % 5)), markersize=5, capsize=3,
         )  # fmt: skip
     axes.set_xlabel(f"{panel.axis} ({LETTERS.get(panel.axis, panel.axis)})", fontsize=8)
     axes.set_xscale("log", base=2)
@@ -132,6 +132,11 @@ def draw_panel(axes: Axes, panel: Panel, candidates: Sequence[str], label: str, 
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
     axes.minorticks_off()
     axes.legend(fontsize=7)
+
+
+def whiskers(halves: Sequence[float], heights: Sequence[float], most: float) -> list[list[float]]:
+    """[below, above] of every point: below at most that part of its height, which a logarithmic axis needs above zero."""
+    return [[min(half, most * height) for half, height in zip(halves, heights, strict=True)], list(halves)]
 
 
 LETTERS = {

@@ -8,8 +8,12 @@ Expect  a second run of the same day and commit replaces the rows of the benches
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import re
+import tempfile
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,10 +21,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 SCHEMA = 2
 RESULTS = Path(__file__).resolve().parent / "results"
+MACHINE_KEYS = ("name", "processor", "card", "threads", "torch", "date", "commit")  # what comparisons, pictures and paths read
+ABOVE_ZERO = ("milliseconds", "copy_gbytes_per_second", "product_tflops")  # others are over these
+NOT_BELOW_ZERO = ("spread", "self_spread", "tflops", "gbytes_per_second", "of_ceiling", "tokens", "peak_mib", "split")
+SMALLEST, LARGEST = 1e-12, 1e15  # of what is above zero, and of everything: ratios of such numbers stay finite and above zero
+NOT_ALWAYS_FINITE = ("error", "eager_error")  # a NaN is found by the check, and the row is kept
 
 
 class BadResults(ValueError):
-    """A file that is not a results file, in one line."""
+    """A file that is not a results file, or cannot become one, in one line."""
 
 
 @dataclass
@@ -91,9 +100,17 @@ class Results:
 def load(path: Path) -> Results:
     """The file, checked field by field."""
     try:
-        return _checked(Results, json.loads(path.read_text()), path.name)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise BadResults(f"received {path}: {error}; expected a file that `warpline bench` wrote") from error
+    results: Results = _checked(Results, content, path.name)
+    _check_machine(results.machine, f"{path.name}.machine")
+    firsts: dict[tuple[str, ...], int] = {}
+    for number, key in enumerate(row.key for row in results.rows):
+        if (first := firsts.setdefault(key, number)) != number:
+            twice = f"{path.name}: received rows[{first}] and rows[{number}] of one key, {' / '.join(key)}"
+            raise BadResults(f"{twice}; expected each measurement once: measure again, or take one out")
+    return results
 
 
 def save(results: Results, path: Path) -> None:
@@ -103,12 +120,35 @@ def save(results: Results, path: Path) -> None:
     temporary.replace(path)
 
 
+def check_writable(path: Path) -> None:
+    """That `save` can write there, found out before anything is measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    except OSError as error:
+        raise BadResults(f"received --out for {path}: {error.strerror}; expected a folder that can be written") from error
+
+
 def path_of(folder: Path, machine: dict[str, str | int]) -> Path:
     return folder / slug(str(machine["name"])) / f"{str(machine['date'])[:10]}-{machine['commit']}.json"
 
 
 def slug(words: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def _check_machine(machine: dict[str, str | int], where: str) -> None:
+    missing = [name for name in MACHINE_KEYS if name not in machine]
+    if missing:
+        raise BadResults(f"{where}: received no {', '.join(missing)}; expected {', '.join(MACHINE_KEYS)}: measure again")
+    load_before = machine.get("load_before", 0)
+    try:
+        float(load_before)
+    except ValueError:
+        raise _refused(f"{where}.load_before", load_before, float) from None
 
 
 def _checked(kind: Any, value: Any, where: str) -> Any:
@@ -140,13 +180,33 @@ def _checked_fields(kind: Any, value: Any, where: str) -> Any:
     for name in [*sorted(set(value) - set(known)), *sorted(needed - set(value))]:
         verb = "unknown" if name in value else "missing"
         raise BadResults(f"{where}: received a {verb} field {name!r}; expected those of docs/benchmarks.md: measure again")
-    return kind(**{name: _checked(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    checked = {name: _checked(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+    for name, item in checked.items():
+        _check_range(name, item, f"{where}.{name}")
+    return kind(**checked)
+
+
+def _check_range(name: str, value: Any, where: str) -> None:
+    """A number, or a dict of some, is finite, and where it must be above zero."""
+    for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+        if isinstance(number, str | bool) or not isinstance(number, int | float):
+            continue
+        is_finite = (math.isfinite(number) and abs(number) <= LARGEST) or name in NOT_ALWAYS_FINITE
+        is_low = (name in ABOVE_ZERO and number < SMALLEST) or (name in NOT_BELOW_ZERO and number < 0)
+        if is_low or not is_finite:
+            bound = f" of {SMALLEST:g} or more" if name in ABOVE_ZERO else " not below zero" if name in NOT_BELOW_ZERO else ""
+            at = f"{where}.{part}" if part else where
+            raise BadResults(
+                f"{at}: received {number!r:.60}; expected a number{bound}, at most {LARGEST:g}: measure again, or mend the file"
+            )
 
 
 def _fits(kind: Any, value: Any) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind in (int, str, bool):
+        return isinstance(value, float) or _fits(int, value)
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    if kind in (str, bool):
         return type(value) is kind
     if kind is type(None):
         return value is None

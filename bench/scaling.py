@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from ..parallel.mesh import Mesh, num_processes
 from .measure import Report, interquartile_range, synchronise
-from .rows import RESULTS, Row
-from .table import table
+from .rows import RESULTS, BadResults, Row
+from .table import table, terminal_columns
 
 
 def device_of() -> torch.device:
@@ -56,7 +56,10 @@ def run(
     if not counts:
         print(f"{name}: received one GPU; expected two or more: nothing is measured", file=sys.stderr)
         return 1
-    report = Report(arguments.out, device)
+    try:
+        report = Report(arguments.out, device)
+    except BadResults as error:
+        parser.error(str(error))
     report.start(name, arguments.quick)
     report.absent(absent)
     for row in alone(arguments.quick):
@@ -67,7 +70,7 @@ def run(
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     is_right = all(row.check in ("", "passed") for row in report.results.rows if row.bench == name)
     report.end("complete" if is_right else "failed: a check", time.monotonic() - started)
-    print(table(report.results, [name]), report.path, sep="\n")
+    print(table(report.results, [name], terminal_columns()), report.path, sep="\n")
     return int(not is_right)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .measure import Report
-from .profile import profile
+from .profile import Traced, profile
 from .rows import Row
 from .telemetry import Telemetry
 
@@ -31,7 +31,7 @@ class Plan:
         measure: Callable[..., list[Row]],
     ):
         self.report, self.telemetry, self.cases, self.seconds, self.measure = report, telemetry, cases, seconds, measure
-        self.profiled: str | None = None
+        self.traced: Traced | None = None
         self.failures: list[str] = []
         self.num_cases = 0
 
@@ -44,14 +44,19 @@ class Plan:
         if report.failed:
             reason = report.longreprtext.strip().splitlines()[-1].removeprefix("E ").strip()
             self.failures.append(f"{report.nodeid.partition('::')[2]}: {reason}".removeprefix(": "))
+            print(f"failed: {self.failures[-1]}", flush=True)
+
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str]:
+        """No dot and no F: the next row would stand behind it."""
+        return report.outcome if report.when == "call" else "error" if report.failed else "", "", ""
 
     pytest_collectreport = pytest_runtest_logreport  # where the cases cannot be made at all
 
 
 def bench_case(work: tuple[Plan, Any], benchmark: Any) -> None:
     plan, case = work
-    if plan.profiled is not None:
-        benchmark.pedantic(profile, args=(case, plan.report, plan.profiled))
+    if plan.traced is not None:
+        benchmark.pedantic(profile, args=(case, plan.report, plan.traced))
         return
     rows = plan.measure(case, benchmark, plan.report, plan.telemetry, plan.seconds)
     benchmark.extra_info["rows"] = [row.key for row in rows]

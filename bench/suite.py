@@ -4,7 +4,8 @@ Run     warpline bench [NAME ...] [--quick] [--out DIR]         (PYTHONPATH=src 
         warpline bench --compare A.json B.json                   warpline bench NAME --profile TEXT
 Writes  DIR/<machine>/<date>-<commit>.json (default bench/results) as it measures; beside it a picture of each bench, of the
         roofline and of the stages, and one page with all of them
-Expect  exit code 0 if every bench ran and every check of ours passed; --compare exits 1 on a regression beyond the spread
+Expect  exit code 0 if every bench ran and every check of ours passed; --compare exits 1 on a regression beyond the spread;
+        2, with one line, where a file, the folder or what measuring needs is not as it must be
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from . import session
 from .compare import compare
 from .machine import ceilings
 from .measure import Case, Report, measure
+from .profile import Traced
 from .rows import RESULTS, BadResults, load, save
 from .session import Plan
-from .table import table
+from .table import table, terminal_columns
 from .telemetry import Telemetry
 
 KERNELS = (
@@ -40,6 +41,10 @@ PYTEST = (
     "-o", "python_functions=bench_*", "-o", "consider_namespace_packages=true", "--benchmark-quiet", "--benchmark-disable-gc",
     "--tb=short", "--no-header",
 )  # fmt: skip
+
+
+class BadMachine(ValueError):
+    """A machine without what measuring needs, in one line."""
 
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
@@ -64,13 +69,15 @@ def main(argv: list[str] | None = None) -> int:
             words, has_regressed = compare(*(load(path) for path in arguments.compare))
             print(words)
             return int(has_regressed)
-    except BadResults as error:
+        check_pytest()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report = Report(arguments.out, device)
+    except (BadResults, BadMachine) as error:
         print(f"warpline bench: {error}", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(arguments.out, device)
     chosen = arguments.names or [*KERNELS, *STAGES]
-    if arguments.profile is None:
+    traced = None if arguments.profile is None else Traced(arguments.profile)
+    if traced is None:
         report.results.ceilings = ceilings(device)
         print(f"{report.path}\nceilings: {report.results.ceilings}", flush=True)
     telemetry = Telemetry(device)
@@ -78,16 +85,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"absent: telemetry and energy: {telemetry.absent}")
     failed = []
     for name in chosen:
-        ended = run(name, report, telemetry, arguments)
+        ended = run(name, report, telemetry, arguments, traced)
         if ended.startswith(("failed", "interrupted")):
             failed.append(name)
         if ended == "interrupted":
             break
-    if arguments.profile is not None:
+    if traced is not None:
+        if traced.num_traced == 0 and not failed:
+            print(f"warpline bench: {traced.refusal()}", file=sys.stderr)
+            return 2
         return int(bool(failed))
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     save(report.results, report.path)
-    print(table(report.results, chosen))
+    print(table(report.results, chosen, terminal_columns()))
     if not arguments.no_pictures:
         for path in pictures(report.path):
             print(path)
@@ -96,31 +106,44 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace) -> str:
+def check_pytest() -> None:
+    """What calls the rounds is there; a comparison does without."""
+    try:
+        importlib.import_module("pytest")
+        importlib.import_module("pytest_benchmark")
+    except ModuleNotFoundError as error:
+        raise BadMachine(
+            f"{error}; expected pytest-benchmark, which calls the rounds: pip install 'warpline[bench]'"
+        ) from error
+
+
+def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Namespace, traced: Traced | None) -> str:
     """One bench; how it ended, as in `rows.Bench`."""
+    import pytest  # a comparison runs without it
+
     is_quick, device, started = arguments.quick, report.device, time.monotonic()
-    if arguments.profile is None:
+    if traced is None:
         report.start(name, is_quick)
     report.bench = name
     print(f"\n== {name}", flush=True)
     try:
         module = module_of(name)
     except ModuleNotFoundError as error:  # a bare machine has what the kernels need, and not what the stages need
-        return _left_out(report, f"{error}; install the package")
-    if name in STAGES and arguments.profile is not None:
-        return _left_out(report, "a stage is traced by `warpline profile`")
+        return _left_out(report, traced, f"{error}; install the package")
+    if name in STAGES and traced is not None:
+        return _left_out(report, traced, "a stage is traced by `warpline profile`")
 
     def cases() -> list[Any]:
         found = list(module.cases(device, is_quick))
         return compile_once(found) if device.type == "cpu" and name in KERNELS else found
 
     plan = Plan(report, telemetry, cases, SECONDS[device.type, is_quick], getattr(module, "measure_case", measure))
-    plan.profiled = arguments.profile
+    plan.traced = traced
     code = pytest.main([*PYTEST, str(session.__file__)], plugins=[plan])
     ended = "complete" if code == 0 else "interrupted" if code == pytest.ExitCode.INTERRUPTED else "failed"
     if plan.failures:
         ended = f"failed: {len(plan.failures)} of {plan.num_cases}: {plan.failures[0]}"
-    if arguments.profile is None:
+    if traced is None:
         report.end(ended, time.monotonic() - started)
     return ended
 
@@ -129,11 +152,11 @@ def module_of(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
-def _left_out(report: Report, reason: str) -> str:
+def _left_out(report: Report, traced: Traced | None, reason: str) -> str:
     """Says that a bench did not run, and why; that is no failure."""
     print(f"left out: {report.bench}: {reason}")
     ended = f"left out: {reason}"
-    if report.bench in report.results.benches:
+    if traced is None:
         report.end(ended, 0.0)
     return ended
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from warpline.bench.compare import compare
-from warpline.bench.rows import Results, Row, save
+from warpline.bench.rows import Bench, Results, Row, save
 from warpline.bench.suite import main
 
-MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc"}
+MACHINE = {"name": "cpu", "date": "2026-11-25", "commit": "abc", "card": "cpu", "processor": "two cores", "threads": 2,
+           "torch": "2.13"}  # fmt: skip
 
 
 def results(**milliseconds: float) -> Results:
@@ -63,12 +64,42 @@ def test_rows_of_one_file_only_are_counted():
     assert "1 rows in both" in words and "1 rows only in the first, 1 only in the second" in words
 
 
+@pytest.mark.parametrize("ended", ["failed", "failed: 4 of 4: bench_case[rope]: boom", "interrupted", "running"])
+def test_a_bench_that_was_complete_and_is_not_now_is_a_regression(ended):
+    before, after = results(warpline=1.0), results(warpline=1.0)
+    before.benches, after.benches = {"rope": Bench("complete", True)}, {"rope": Bench(ended, True)}
+    words, has_regressed = compare(before, after)
+    assert has_regressed and f"REGRESSION rope: complete → {ended}" in words
+    assert not compare(after, before)[1] and not compare(after, after)[1] and not compare(before, before)[1]
+
+
+def test_a_bench_that_did_not_run_is_named_and_is_no_regression():
+    before, after = results(warpline=1.0), results(warpline=1.0)
+    before.benches = {name: Bench("complete", True) for name in ("rope", "sft")}
+    after.benches = {"sft": Bench("left out: No module named 'pydantic'; install the package", True)}
+    words, has_regressed = compare(before, after)
+    assert not has_regressed and "not in the second: rope" in words and "sft: complete → left out: No module" in words
+
+
 @pytest.mark.parametrize(("after", "code"), [(1.0, 0), (2.0, 1)])
 def test_the_command_exits_1_on_a_regression(tmp_path, capsys, after, code):
     for name, time in (("a", 1.0), ("b", after)):
         save(results(warpline=time), tmp_path / f"{name}.json")
     assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == code
     assert ("REGRESSION" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"milliseconds": 1.0', '"milliseconds": 0'), ('"name"', '"names"'), ("{", "[" * 100_000)],
+    ids=["no time", "no machine", "deep"],
+)
+def test_an_edited_file_is_bad_input_in_one_line_and_no_regression(tmp_path, capsys, old, new):
+    save(results(warpline=1.0), tmp_path / "a.json")
+    (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text().replace(old, new))
+    assert main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("warpline bench: ") and output.err.count("\n") == 1
 
 
 def test_a_file_that_is_not_there_is_bad_input(tmp_path, capsys):

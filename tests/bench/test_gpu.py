@@ -52,6 +52,13 @@ def test_an_unknown_part_is_refused_with_the_choice():
     assert done.returncode == 2 and "choose among tests logit_block" in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    done = python("-m", "warpline.bench.gpu", "rope", "--out", str(tmp_path / "file" / "below"))
+    assert done.returncode == 2 and "Not a directory; expected a folder that can be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_was_cut_off_goes_on_with_what_is_not_complete(tmp_path):
     report = Report(tmp_path, torch.device("cpu"))
     for name, ended in (("rope", "complete"), ("swiglu", "running"), ("adamw", "failed: 1 of 1: it")):

@@ -7,8 +7,8 @@ import torch
 
 from warpline.bench import measure as module
 from warpline.bench.machine import cache_bytes, resident_peak_mib
-from warpline.bench.measure import Candidate, Case, Report, interleaved, measure, relative_error, self_spread
-from warpline.bench.rows import Ceilings
+from warpline.bench.measure import Candidate, Case, Report, interleaved, line_of, measure, relative_error, self_spread
+from warpline.bench.rows import Ceilings, Row
 from warpline.bench.telemetry import Telemetry
 
 CPU = torch.device("cpu")
@@ -136,3 +136,15 @@ def test_resident_memory_of_a_call_is_its_own():
         pytest.skip("this system does not let a process ask")
     assert 60 < found < 80
     assert cache_bytes(CPU) >= 2**20
+
+
+def test_a_row_is_one_line_or_as_many_as_fit_the_terminal():
+    row = Row(
+        "gradient, reverse KL", "warpline torch", {"T": 2048, "V": 131072}, "float32", 1.5, 0.25, error=1e-7, peak_mib=31.5
+    )
+    row.check, row.eager_error, row.of_ceiling, row.note = "failed: error 1.0e-07, allowed 1.0e-08", 2e-7, 0.5, "the last one"
+    whole, narrow = line_of(row), line_of(row, 80).splitlines()
+    assert "\n" not in whole and len(whole) > 150 and line_of(row, len(whole)) == whole
+    assert max(map(len, narrow)) <= 80 and narrow[0].split("  ")[0] == "gradient, reverse KL"
+    assert all(line.startswith("    ") and line == line.rstrip() for line in narrow[1:])
+    assert " ".join(whole.split()) == " ".join(" ".join(narrow).split())

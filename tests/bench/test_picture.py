@@ -2,9 +2,11 @@
 
 import matplotlib.image
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from warpline.bench.page import write_page
-from warpline.bench.picture import draw_bench, draw_roofline, draw_stages, panels
+from warpline.bench.picture import Panel, draw_bench, draw_panel, draw_roofline, draw_stages, panels
 from warpline.bench.rows import Bench, Ceilings, Results, Row, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's own, of the libraries below it
@@ -50,6 +52,18 @@ def test_a_bench_is_drawn_with_time_and_memory(tmp_path):
         one.peak_mib = None
     path = draw_bench(bare, "rms_norm", tmp_path)
     assert is_drawn(path) and with_memory > 1.7 * matplotlib.image.imread(path).shape[0]
+
+
+@pytest.mark.parametrize("axis", ["R", None])
+def test_a_whisker_is_cut_short_at_its_foot_and_never_at_its_head(axis):
+    wide = row("norm", "warpline", 2.0, R=64)
+    wide.spread = 10.0
+    axes = Figure().add_subplot()
+    rows = [wide, row("norm", "warpline", 2.0, R=32)] if axis else [wide]
+    draw_panel(axes, Panel("norm", axis, "", rows), ["warpline"], "milliseconds", lambda row: row.milliseconds)
+    (lines,) = (found for found in axes.findobj(LineCollection) if len(found.get_segments()) == len(rows))
+    (_, foot), (_, head) = lines.get_segments()[-1]
+    assert head == pytest.approx(7.0) and foot == pytest.approx(0.2 if axis else 0.0)
 
 
 def test_the_roofline_needs_ceilings(tmp_path):

@@ -1,6 +1,7 @@
 """Results on disk: what is saved is what is loaded, and a file that is not of the schema is refused by row and field."""
 
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from warpline.bench.rows import BadResults, Bench, Ceilings, Results, Row, load, path_of, save
 
-MACHINE = {"name": "cpu-two-cores", "date": "2026-11-25T01:02:03+00:00", "commit": "abc1234", "cores": 2}
+MACHINE = {"name": "cpu-two-cores", "date": "2026-11-25T01:02:03+00:00", "commit": "abc1234", "cores": 2, "card": "cpu",
+           "processor": "two cores", "threads": 2, "torch": "2.13"}  # fmt: skip
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,6 +39,40 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         (lambda r: r["ceilings"].update(product_tflops=[1]), "product_tflops: received [1]; expected dict"),
         (lambda r: r.update(schema=1), "received schema 1; expected 2"),
         (lambda r: r.update(rows={}), "rows: received {}; expected list"),
+        (
+            lambda r: r["rows"][0].update(milliseconds=0),
+            "rows[0].milliseconds: received 0; expected a number of 1e-12 or more, at most 1e+15",
+        ),
+        (
+            lambda r: r["rows"][0].update(milliseconds=-5.0),
+            "rows[0].milliseconds: received -5.0; expected a number of 1e-12 or more",
+        ),
+        (lambda r: r["rows"][0].update(milliseconds=math.nan), "rows[0].milliseconds: received nan; expected a number"),
+        (
+            lambda r: r["rows"][0].update(spread=math.inf),
+            "rows[0].spread: received inf; expected a number not below zero",
+        ),
+        (
+            lambda r: r["rows"][0].update(self_spread=-0.1),
+            "rows[0].self_spread: received -0.1; expected a number not below",
+        ),
+        (lambda r: r["rows"][0].update(milliseconds=10**400), "rows[0].milliseconds: received 1000"),
+        (lambda r: r["rows"][0].update(joules=math.nan), "rows[0].joules: received nan; expected a number, at most 1e+15:"),
+        (
+            lambda r: r["ceilings"]["product_tflops"].update(float32=0.0),
+            "ceilings.product_tflops.float32: received 0.0; expected",
+        ),
+        (
+            lambda r: r["ceilings"].update(copy_gbytes_per_second=-1.0),
+            "copy_gbytes_per_second: received -1.0; expected a number",
+        ),
+        (lambda r: r.update(machine={}), "machine: received no name, processor, card, threads, torch, date, commit; expected"),
+        (lambda r: r["machine"].pop("card"), "machine: received no card; expected"),
+        (lambda r: r["machine"].update(load_before="high"), "machine.load_before: received 'high'; expected float"),
+        (
+            lambda r: r["rows"].append(r["rows"][0]),
+            "rows[0] and rows[1] of one key, rms_norm / norm / R=4 / float32 / warpline",
+        ),
     ],
 )
 def test_a_file_of_another_schema_is_refused_by_its_field(tmp_path, change, words):
@@ -49,8 +85,18 @@ def test_a_file_of_another_schema_is_refused_by_its_field(tmp_path, change, word
         load(path)
 
 
-def test_what_is_no_json_is_refused_with_its_name(tmp_path):
-    (tmp_path / "x.json").write_text("{")
+def test_a_row_whose_result_was_no_number_can_be_read_again(tmp_path):
+    made = results()
+    made.rows[0].error = math.inf
+    save(made, tmp_path / "x.json")
+    assert load(tmp_path / "x.json") == made
+
+
+@pytest.mark.parametrize(
+    "words", ["{", "[" * 100_000, '{"a":' * 100_000, "1" * 5000], ids=["cut off", "deep", "deep object", "long"]
+)
+def test_what_is_no_json_is_refused_with_its_name(tmp_path, words):
+    (tmp_path / "x.json").write_text(words)
     with pytest.raises(BadResults, match=r"x\.json: .*expected a file that `warpline bench` wrote"):
         load(tmp_path / "x.json")
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from warpline.bench import suite
+from warpline.bench.machine import machine_of
 from warpline.bench.measure import Candidate, Case
-from warpline.bench.rows import load
+from warpline.bench.profile import has_words
+from warpline.bench.rows import Results, Row, load, path_of, save
 from warpline.bench.suite import KERNELS, STAGES, compile_once, main
 
 
@@ -53,6 +55,17 @@ def test_a_check_of_ours_that_fails_fails_the_bench_and_keeps_the_other_cases(tm
     assert len(results.rows) == 4 and "refused" in capsys.readouterr().out
 
 
+def test_every_row_and_every_failure_begins_a_line(tmp_path, capsys, monkeypatch, with_bench):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with_bench(square_case(operation="first"), square_case(0.1, "wrong"), square_case(operation="last"))
+    main(["rope", "--no-pictures", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " ms ±" in line] == ["first", "first", "wrong", "wrong", "last", "last"]
+    assert any(line.startswith("failed: bench_case[wrong [R=64]]: AssertionError: wrong [R=64]: warpline") for line in lines)
+    assert any(line.startswith("E ") and "AssertionError" in line for line in lines), "the failure is shown where it was"
+    assert any(line.startswith("1 failed, 2 passed") for line in lines)
+
+
 def test_cases_that_cannot_be_made_fail_the_bench(tmp_path, monkeypatch, with_bench):
     with_bench()
     broken = types.SimpleNamespace(cases=lambda device, is_quick: [][0])
@@ -72,10 +85,84 @@ def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, capsys, mo
     assert "left out: sft: No module named 'pydantic'" in capsys.readouterr().out
 
 
+def test_a_trace_writes_nothing_into_results(tmp_path, monkeypatch, with_bench):
+    with_bench(square_case())
+    for name in ("rope", "sft"):
+        assert main([name, "--no-pictures", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/*.json")
+    before = path.read_bytes()
+    main(["rope", "sft", "--profile", "no such row", "--out", str(tmp_path)])
+    assert path.read_bytes() == before, "a stage is left out of a trace, and a bench is not timed"
+
+    def refuse(name):
+        raise ModuleNotFoundError("No module named 'pydantic'")
+
+    monkeypatch.setattr(suite, "module_of", refuse)
+    main(["rope", "--profile", "square", "--out", str(tmp_path)])
+    assert path.read_bytes() == before
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch, with_bench):
+    with_bench(square_case())
+
+    def measured(device):
+        raise AssertionError("the ceilings are measured")
+
+    monkeypatch.setattr(suite, "ceilings", measured)
+    (tmp_path / "file").touch()
+    folder = tmp_path / "out"
+    path_of(folder, machine_of(torch.device("cpu"))).mkdir(parents=True)
+    for out, reason in ((tmp_path / "file" / "below", "Not a directory"), (folder, "Is a directory")):
+        assert main(["rope", "--out", str(out)]) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.count("\n") == 1
+        assert output.err.startswith(f"warpline bench: received --out for {out}") and reason in output.err
+
+
+@pytest.mark.parametrize("absent", ["pytest", "pytest_benchmark"])
+def test_without_pytest_a_bench_says_what_to_install_and_a_comparison_runs(absent, tmp_path):
+    machine = machine_of(torch.device("cpu"))
+    save(Results(machine, rows=[Row("norm", "warpline", {"R": 4}, "float32", 1.0, 0.1)]), tmp_path / "a.json")
+    code = f"import sys\nsys.modules[{absent!r}] = None\nfrom warpline.bench.suite import main\nsys.exit(main(sys.argv[1:]))\n"
+
+    def bench(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+    done = bench("rope", "--out", str(tmp_path))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert absent in done.stderr and "pip install 'warpline[bench]'" in done.stderr
+    done = bench("--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"))
+    assert done.returncode == 0 and "1 rows in both" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["rope", "sft"])
+def test_a_trace_of_no_row_is_refused_with_the_rows(tmp_path, capsys, with_bench, name):
+    with_bench(*(square_case(size=size) for size in range(64, 74)))
+    assert main([name, "--profile", "square R=72 peer", "--out", str(tmp_path)]) == 2
+    words = capsys.readouterr().err
+    assert words.count("\n") == 1 and "received --profile 'square R=72 peer', and no row contains it; rows are" in words
+    if name == "rope":
+        assert "rope square [R=72] eager" in words and words.count("rope square") == 4
+    else:
+        assert "rows are none" in words, "a stage is left out"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["swiglu, forward   R=4096 F=512", "swiglu, forward [R=4096,F=512]", "forward R=4096,  F=512 eager", " swiglu swiglu ", ""],
+)
+def test_a_row_is_found_as_the_table_prints_it(words):
+    row = "swiglu swiglu, forward [R=4096,F=512] eager"
+    assert has_words(row, words) and not has_words(
+        row.replace("4096", "2048").replace("swiglu swiglu", "glu"), words or "R=4096"
+    )
+
+
 @pytest.mark.slow
-def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench):
+@pytest.mark.parametrize("words", ["square [R=64] eager", "square   R=64   float32 eager"])
+def test_a_row_is_traced_and_the_others_are_not(tmp_path, with_bench, words):
     with_bench(square_case(), square_case(operation="other"))
-    assert main(["rope", "--profile", "square [R=64] eager", "--out", str(tmp_path)]) == 0
+    assert main(["rope", "--profile", words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/profile/*")
     assert path.name == "rope-square-r-64-eager.trace.json.gz"
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
