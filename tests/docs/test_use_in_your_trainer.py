@@ -18,10 +18,21 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
     import trl.trainer.utils
+    from datasets import Dataset
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
     from transformers.utils import logging
 
-    from warpline.bench.use_in_your_trainer import EXAMPLES, TRAINERS, Sizes, example, model_config, options, train
+    from warpline.bench.use_in_your_trainer import (
+        EXAMPLES,
+        TRAINERS,
+        Sizes,
+        example,
+        half_even,
+        model_config,
+        options,
+        train,
+        words_tokenizer,
+    )
 from warpline.kernels.linear_divergence import linear_divergence
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +146,22 @@ def test_evaluation_of_the_llama_has_the_loss_and_the_logits_that_metrics_read(l
 def test_a_saved_llama_is_transformers_own_to_whoever_loads_it(llamas, tmp_path):
     llamas[1].save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+def test_grpo_has_trls_fp32_head_under_autocast_where_that_is_asked(tmp_path):
+    model = transformers.LlamaForCausalLM(model_config(SIZES))
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)  # the reference model is loaded from there
+    arguments = trl.GRPOConfig(**options(str(tmp_path), SIZES), num_generations=4, beta=0.1, cast_lm_head_to_fp32=True)
+    log_probs = []
+    for trainer_class in (trl.GRPOTrainer, example("trl_grpo").LinearGRPOTrainer):
+        rows, tokenizer = Dataset.from_dict({"prompt": ["w3"]}), words_tokenizer(SIZES.vocab)
+        trainer = trainer_class(str(tmp_path), half_even, arguments, rows, processing_class=tokenizer)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            answers = [m(IDS_BS, labels=IDS_BS, fused_lm_head=True) for m in (trainer.model, trainer.ref_model)]
+        log_probs.append([answer.log_probs for answer in answers])
+    torch.testing.assert_close(log_probs[1], log_probs[0], rtol=1e-5, atol=1e-4)  # 4e-2 with a head in bf16
 
 
 def snippet(words):
