@@ -44,6 +44,7 @@ def use_linear_logprob(
 
     Logits are divided by `temperature` (the sampling's, for GRPO). `answers` beside log_probs are computed; entropy has a
     gradient. `product_dtype=torch.float32` is TRL's cast_lm_head_to_fp32. Calls without fused_lm_head go where they went.
+    What it returns may be called twice, and in any order with those of other uses.
     """
     unknown = sorted(set(answers) - set(ANSWERS))
     if unknown:
@@ -54,12 +55,13 @@ def use_linear_logprob(
     if scaled:
         _refuse(f"a model whose config has {scaled[0]}", "logits without a scale", "keep TRL's own head for it")
     output_class = importlib.import_module("trl.trainer.utils").FusedCausalLMOutput
-    previous, has_own = model.forward, "forward" in vars(model)
+    previous, has_own, is_undone = model.forward, "forward" in vars(model), False
 
     @functools.wraps(type(model).forward)  # generate checks its arguments against this signature
     def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        if not fused_lm_head:
+        if is_undone or not fused_lm_head:
             asked = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            asked["fused_lm_head"] = fused_lm_head or None
             return previous(*args, **{name: x for name, x in asked.items() if x is not None}, **kwargs)
         if kwargs.get("output_router_logits") or getattr(text_config, "output_router_logits", False):
             _refuse("output_router_logits", "no auxiliary loss of a router", "keep TRL's own head for it")
@@ -71,13 +73,16 @@ def use_linear_logprob(
         length = target_BS.shape[1] - (shift_labels is None)  # the last position has no label
         return output_class(**_answers(stats, target_BS, length, num_items_in_batch))
 
-    model.forward = types.MethodType(forward, model)
+    ours = model.forward = types.MethodType(forward, model)
 
     def undo() -> None:
-        if has_own:
-            model.forward = previous
-        else:
-            del model.forward
+        nonlocal is_undone
+        is_undone = True  # enough where another forward (a later use, accelerate's autocast) has been put over ours
+        if vars(model).get("forward") is ours:
+            if has_own:
+                model.forward = previous
+            else:
+                del model.forward
 
     return undo
 

@@ -1,6 +1,8 @@
 """docs/use-in-your-trainer.md says what docs/examples hold, and each example trains as the untouched trainer does."""
 
+import functools
 import importlib.metadata
+import inspect
 import json
 import re
 import subprocess
@@ -14,11 +16,23 @@ import torch
 with warnings.catch_warnings():
     # The imports of transformers' and TRL's dependencies announce their own deprecations.
     warnings.simplefilter("ignore")
+    import transformers
     import trl.trainer.utils
+    from datasets import Dataset
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearJSDLoss
     from transformers.utils import logging
 
-    from warpline.bench.use_in_your_trainer import EXAMPLES, TRAINERS, Sizes, train
+    from warpline.bench.use_in_your_trainer import (
+        EXAMPLES,
+        TRAINERS,
+        Sizes,
+        example,
+        half_even,
+        model_config,
+        options,
+        train,
+        words_tokenizer,
+    )
 from warpline.kernels.linear_divergence import linear_divergence
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +41,7 @@ SIZES = Sizes(vocab=64, width=32, layers=2, rows=4, tokens=24, steps=10)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
-def refuse(*_):
+def refuse(*_, **__):
     raise AssertionError("the logits were made, or TRL's own head was called")
 
 
@@ -58,13 +72,96 @@ def test_ten_steps_have_the_losses_and_the_weights_of_the_untouched_trainer(name
     untouched = train(name, False, SIZES)
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", type("Refused", (), {"apply": refuse}))
     if name == "transformers":
-        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaForCausalLM.forward", refuse)
+        llama = transformers.LlamaForCausalLM
+        monkeypatch.setattr(llama, "forward", functools.wraps(llama.forward)(lambda *_, **__: refuse()))
     ours = train(name, True, SIZES)
     assert len(ours.losses) == SIZES.steps
     assert max(abs(loss) for loss in untouched.losses) > 0.05
     torch.testing.assert_close(ours.losses, untouched.losses, rtol=1e-5, atol=1e-5)
     for key, expected in untouched.weights.items():
         torch.testing.assert_close(ours.weights[key], expected, rtol=1e-4, atol=2e-5)  # a step moves a weight by up to 1e-3
+
+
+@pytest.fixture
+def llamas():
+    """transformers' Llama and the example's, of equal weights."""
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM._from_config(model_config(SIZES), attn_implementation="sdpa")
+    module = example("transformers_model")
+    ours = module.LinearLossLlamaForCausalLM._from_config(model_config(SIZES), attn_implementation=module.register())
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+IDS_BS = torch.randint(3, SIZES.vocab, (2, 9), generator=torch.Generator().manual_seed(1))
+CALLS = {
+    "use_cache": {"use_cache": True},
+    "tuple": {"return_dict": False},
+    "shifted": {"shift_labels": IDS_BS.roll(2, 1)},
+    "num_items": {"num_items_in_batch": 5},
+}
+
+
+@pytest.mark.parametrize("asked", CALLS.values(), ids=CALLS)
+def test_the_llama_takes_the_arguments_that_transformers_llama_takes(llamas, asked):
+    expected, received = (model(IDS_BS, labels=IDS_BS, **asked) for model in llamas)
+    assert isinstance(received, tuple) == isinstance(expected, tuple)
+    torch.testing.assert_close(received[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert len(received) == 1  # the logits were not made
+
+
+def test_the_llama_keeps_no_cache_in_training_with_which_transformers_does_not_see_packed_documents(llamas):
+    position_BS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(2, 9)
+    expected = llamas[0](IDS_BS, labels=IDS_BS, position_ids=position_BS, use_cache=False).loss
+    received = llamas[1](IDS_BS, labels=IDS_BS, position_ids=position_BS).loss
+    torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_llama_has_the_signature_by_which_columns_are_kept_and_prompts_make_one_row_of_logits(llamas):
+    assert inspect.signature(llamas[1].forward) == inspect.signature(llamas[0].forward)
+    assert llamas[1]._supports_logits_to_keep()
+
+
+def test_trainer_smooths_the_labels_of_the_llama_as_those_of_transformers_llama(llamas, tmp_path):
+    rows = [{"input_ids": ids, "labels": [-100] * 3 + ids[3:]} for ids in IDS_BS.tolist() * 8]
+    losses = []
+    for model in llamas:
+        arguments = transformers.TrainingArguments(**options(str(tmp_path), SIZES), label_smoothing_factor=0.3)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(losses[0]) == SIZES.steps
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_of_the_llama_has_the_loss_and_the_logits_that_metrics_read(llamas, tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS_BS.tolist()]
+    arguments = transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True)
+    expected, received = (transformers.Trainer(model, arguments).predict(rows) for model in llamas)
+    assert received.predictions.shape == (2, 9, SIZES.vocab)
+    torch.testing.assert_close(received.predictions, expected.predictions, rtol=1e-4, atol=1e-5)
+    assert received.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
+
+
+def test_a_saved_llama_is_transformers_own_to_whoever_loads_it(llamas, tmp_path):
+    llamas[1].save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+def test_grpo_has_trls_fp32_head_under_autocast_where_that_is_asked(tmp_path):
+    model = transformers.LlamaForCausalLM(model_config(SIZES))
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)  # the reference model is loaded from there
+    arguments = trl.GRPOConfig(**options(str(tmp_path), SIZES), num_generations=4, beta=0.1, cast_lm_head_to_fp32=True)
+    log_probs = []
+    for trainer_class in (trl.GRPOTrainer, example("trl_grpo").LinearGRPOTrainer):
+        rows, tokenizer = Dataset.from_dict({"prompt": ["w3"]}), words_tokenizer(SIZES.vocab)
+        trainer = trainer_class(str(tmp_path), half_even, arguments, rows, processing_class=tokenizer)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            answers = [m(IDS_BS, labels=IDS_BS, fused_lm_head=True) for m in (trainer.model, trainer.ref_model)]
+        log_probs.append([answer.log_probs for answer in answers])
+    torch.testing.assert_close(log_probs[1], log_probs[0], rtol=1e-5, atol=1e-4)  # 4e-2 with a head in bf16
 
 
 def snippet(words):

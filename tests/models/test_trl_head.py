@@ -66,12 +66,34 @@ def test_undo_gives_back_what_was_there_and_other_calls_are_left_alone(model):
     undo = use_linear_logprob(model)
     assert torch.equal(model(IDS_BS).logits, logits)
     assert model(IDS_BS, labels=IDS_BS).logits is not None
-    undo()
-    assert "forward" not in vars(model) and type(model).forward is inherited
+    for _ in range(2):
+        undo()
+        assert "forward" not in vars(model) and type(model).forward is inherited
     add_fused_lm_head(model)
     theirs = model.forward
     use_linear_logprob(model)()
     assert model.forward is theirs
+
+
+def test_undo_takes_back_its_own_use_alone_in_any_order_and_once(model):
+    def answered():
+        answer = model(IDS_BS, labels=IDS_BS, fused_lm_head=True)
+        return [name for name in ("log_probs", *ANSWERS) if answer.get(name) is not None]
+
+    add_fused_lm_head(model)  # TRL's own answers log_probs alone
+    first, second = use_linear_logprob(model, answers=("entropy",)), use_linear_logprob(model, answers=("is_top1",))
+    first()
+    assert answered() == ["log_probs", "is_top1"]
+    second()
+    assert answered() == ["log_probs"]
+    third = use_linear_logprob(model, answers=("entropy",))
+    for undo in (first, second):
+        undo()
+    assert answered() == ["log_probs", "entropy"]
+    covered = model.forward
+    model.forward = over = lambda *args, **kwargs: covered(*args, **kwargs)  # as accelerate's autocast does
+    third()
+    assert answered() == ["log_probs"] and model.forward is over
 
 
 def test_a_batch_without_labels_gives_zeros_and_zero_gradients(model):
