@@ -64,9 +64,9 @@ class Shape(NamedTuple):
 def shapes(device: torch.device, is_quick: bool) -> Iterator[tuple[str, Shape]]:
     """(what the rows are about, shape)."""
     is_gpu = device.type == "cuda"
-    heads, total = ((16, 4, 128), 16384) if is_gpu else ((8, 2, 64), 1024 if is_quick else 2048)
+    heads, total = ((16, 4, 128), 16384) if is_gpu else ((8, 2, 64), 1024)
     other_width = (32, 8, 64) if is_gpu else (4, 1, 128)
-    lengths, counts, windows = [512, 1024, 2048], [1, 8, 64], [64, 256]
+    lengths, counts, windows = [256, 512, 1024], [1, 32], [128]
     if is_gpu:
         lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
         counts, windows = [1, 4, 16, 64, 256], [256, 1024, 4096]

@@ -24,7 +24,7 @@ from .streaming import Streaming, cases_of
 def shapes(device: torch.device, is_quick: bool) -> list[tuple[int, int]]:
     """Rows and columns: from what stays in the L2 to 16 times the L2, as the targets are stated."""
     if device.type == "cpu":
-        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024), (16384, 1024)]
+        return [(4096, 512)] if is_quick else [(1024, 512), (4096, 1024)]
     if is_quick:
         return [(4096, 4096), (16384, 8192)]
     return [(1024, 1024), (4096, 4096), (8192, 4096), (16384, 8192), (16384, 16384), (16384, 32768)]
