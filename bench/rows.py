@@ -83,6 +83,10 @@ class Ceilings:
     copy_gbytes_per_second: float
     product_tflops: dict[str, float]  # by dtype
 
+    def __str__(self) -> str:
+        products = [f"product {dtype} {rate:.3g} TFLOP/s" for dtype, rate in self.product_tflops.items()]
+        return "; ".join([f"copy {self.copy_gbytes_per_second:.3g} GB/s", *products])
+
     def milliseconds(self, flops: float, bytes_moved: float, dtype: str) -> float:
         """The least time that the ceilings allow an operation of so many FLOPs and bytes."""
         return max(flops / self.product_tflops[dtype] / 1e9, bytes_moved / self.copy_gbytes_per_second / 1e6)

@@ -117,3 +117,9 @@ def test_every_field_is_documented():
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").rglob("*.json")), ids=lambda path: path.name)
 def test_committed_results_are_of_the_schema(path):
     assert load(path).rows
+
+
+def test_ceilings_are_said_with_their_units():
+    assert str(Ceilings(51.26, {"float32": 0.2, "bfloat16": 812.4})) == (
+        "copy 51.3 GB/s; product float32 0.2 TFLOP/s; product bfloat16 812 TFLOP/s"
+    )
