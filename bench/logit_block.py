@@ -96,7 +96,8 @@ def reference(step: str, x: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """The same by `logit_block_reference` and `divergence_reference`, on the block as the whole vocabulary; a gradient that is
     not fp64's in the dtype that the step writes."""
     product, teacher, d_target = (x[name].to(dtype) for name in ("product", "teacher", "d_target"))
-    student, target = Side(product.requires_grad_(), None, LogitMap()), Targets(x["target"], 0)
+    product = product.detach().requires_grad_()
+    student, target = Side(product, None, LogitMap()), Targets(x["target"], 0)
     if "divergence" in step or "KL" in step:
         found = divergence_reference(student, Side(teacher, None, LogitMap()), Divergence("forward_kl"))
         gradient = torch.autograd.grad((found * d_target[:, 0]).sum(), product)[0]

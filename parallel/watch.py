@@ -31,7 +31,7 @@ BEAT_SECONDS = 1.0
 STORE_SECONDS = 3.0  # without the store, in which a process that is ending anyway ends
 BEATS_A_SECOND = 1000  # of all ranks together: one process answers them
 EXIT_FAILED = 4
-HURRIED_BEATS = 10  # of silence, once a launcher asked this process to end
+HURRIED_BEATS = 10  # of silence, once a signal asked this process to end
 NAMED = 4  # ranks named in a line
 
 
@@ -58,7 +58,8 @@ class Loss(NamedTuple):
 
 class Watch:
     """Beats in the launcher's store, and ends the process when a rank is lost. `store` is the main thread's connection, `own`
-    the watching thread's. `last_words` is called with the reason, on one rank, before it ends."""
+    the watching thread's. `last_words` is called with the reason, on one rank, before it ends. A byte of a signal is written to
+    `wakeup`: Python's own handlers wait for the main thread, and that for a collective."""
 
     def __init__(self, rank: int, size: int, timeout: datetime.timedelta, store: Store, own: Store):
         self.rank, self.size, self.seconds, self.store, self.own = rank, size, 0.9 * timeout.total_seconds(), store, own
@@ -66,6 +67,7 @@ class Watch:
         self.where, self.turns, self.beats = "start", 0, 0
         self.last_words: Callable[[str], None] = lambda reason: None
         self.stopped, self.ending = threading.Event(), threading.Lock()
+        self.signals, self.wakeup = _pipe()
         self.beat(own)
         self.thread = threading.Thread(target=self._run, name="warpline-watch", daemon=True)
         self.thread.start()
@@ -80,6 +82,9 @@ class Watch:
         behind = (self.rank + 1) % self.size
         last, since = None, time.monotonic()
         while not self.stopped.wait(self.beat_seconds):
+            with suppress(BlockingIOError):
+                if os.read(self.signals, 64):  # perhaps the launcher's, as it lost a rank: it will not wait for the timeout
+                    self.seconds = min(self.seconds, HURRIED_BEATS * self.beat_seconds)
             try:
                 self.beat(self.own)
                 seen, loss = _seen(self.own, behind), _found(self.own)
@@ -118,16 +123,14 @@ class Watch:
     def fail(self, reason: str, line: str) -> bool:
         """Tell the others that this rank ends by its own failure, so that they do not wait for it. False where another told the
         same `line` before."""
+        self.stopped.set()
+        self.thread.join()  # which would read what is told here, and end this process before it says why
         mine = Loss((), reason, line)
         try:
             found = self._publish(self.store, mine)
         except RuntimeError:
             return True
         return found is mine or found.line != line
-
-    def hurry(self) -> None:
-        """Something asks this process to end: perhaps the launcher, as it lost a rank, and it will not wait for the timeout."""
-        self.seconds = min(self.seconds, HURRIED_BEATS * self.beat_seconds)
 
     def end(self, loss: Loss) -> None:
         """Leave why in the run, and end this process: its collectives can neither finish nor be torn down."""
@@ -205,6 +208,14 @@ class Watch:
             self.own.set(f"beat/{self.rank}", f"ended - - {self.where}")
         except RuntimeError:
             return
+
+
+def _pipe() -> tuple[int, int]:
+    """(end to read, end to write), neither of which waits; open until the process ends."""
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
 
 
 def _say(line: str) -> None:

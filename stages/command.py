@@ -120,8 +120,7 @@ def _run(verb: str, kind: type[Config], work: Callable, path: Path, overrides: l
         run = RunFolder(run_path or Path("runs") / path.stem, writes=mesh.is_first)
         mesh.on_first(lambda: run.open(config, verb))
         outcome.watch(mesh, run)
-        stop = StopSignal() if mesh.watch is None else StopSignal(mesh.watch.hurry)
-        work(config, run, mesh, stop.install())
+        work(config, run, mesh, StopSignal().install(None if mesh.watch is None else mesh.watch.wakeup))
 
 
 def _mesh(config: Config) -> Mesh:

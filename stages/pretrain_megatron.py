@@ -10,6 +10,7 @@ Expect  the loss in nats per token; no bits per byte of held-out text: `warpline
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
     leads = engine.groups.tp.rank() == engine.groups.cp.rank() == engine.groups.pp.rank() == 0
 
     # -- The loop --------------------------------------------------------------------------------------------------------------
-    with StageProgress("pretrain", config.steps, state["step"], shown=mesh.is_first) as progress:
+    with _saved(saver), StageProgress("pretrain", config.steps, state["step"], shown=mesh.is_first) as progress:
         for step in range(state["step"], config.steps):
             started, rate = time.monotonic(), learning_rate(optimizer, step, config.steps)
             windows = windows_of_step(windows_in_all, config.sequences_per_step, step, order)
@@ -110,10 +111,17 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
                 counters = {"stage": "pretrain", "engine": "megatron", **state}
                 saved.save(step + 1, begin.config, begin.tokenizer, counters, _finite(engine.pieces(), mesh, step + 1), moments)
             if stopping and step + 1 < config.steps:
-                saver.wait()
                 raise Stopped(f"pretrain: stopped after step {step + 1}; run it again to go on")
-    saver.wait()
     return saved.folder / f"step-{config.steps}"
+
+
+@contextmanager
+def _saved(saver: Saver) -> Iterator[None]:
+    """However it ends, no save is in flight then."""
+    try:
+        yield
+    finally:
+        saver.wait()
 
 
 def _count(state: dict[str, Any], num_tokens: float, seconds: float, is_skipped: bool) -> None:

@@ -39,13 +39,15 @@ class NonFinite(Exception):
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 until the end of the step; `heard` is called at once."""
+    """Remembers SIGTERM, SIGINT or SIGUSR1 until the end of the step."""
 
-    def __init__(self, heard: Callable[[], None] = lambda: None):
+    def __init__(self):
         self.received: str | None = None
-        self.heard = heard
 
-    def install(self) -> "StopSignal":
+    def install(self, wakeup: int | None = None) -> "StopSignal":
+        """`wakeup`: a descriptor that the number of a signal is written to at once."""
+        if wakeup is not None:
+            signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
         return self
@@ -54,7 +56,6 @@ class StopSignal:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-        self.heard()
 
 
 def build_optimizer(model: ParallelModel, config: OptimizerConfig) -> torch.optim.AdamW:

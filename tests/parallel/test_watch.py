@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -120,7 +121,7 @@ def test_a_rank_that_is_asked_to_end_misses_a_silent_one_within_beats(monkeypatc
     time.sleep(0.5)
     assert not ranks[0].has_left
     for rank in (ranks[0], ranks[2]):
-        rank.hurry()
+        os.write(rank.wakeup, bytes([signal.SIGTERM]))
     wait_for(lambda: ranks[0].has_left and ranks[2].has_left)
     assert ranks[0].said == ["rank 1 was lost"]
     for rank in ranks:
@@ -216,3 +217,13 @@ time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 4 and done.stdout == "rank 1 was lost\n" and "last seen in start" in done.stderr
+
+
+def test_a_rank_that_says_why_it_failed_is_not_ended_by_its_own_words(monkeypatch):
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.001)
+    for _ in range(20):
+        rank = Rank(0, 2, HashStore(), datetime.timedelta(seconds=300))
+        assert rank.fail("bad input", "no such file")
+        time.sleep(0.01)
+        assert not rank.has_left
+        rank.stop()

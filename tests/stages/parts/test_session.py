@@ -1,6 +1,8 @@
 import json
 import math
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +167,21 @@ def test_a_loop_that_fails_waits_for_its_save_and_says_nothing_of_it(session_of,
     next(steps)
     steps.close()
     assert waited
+
+
+def test_a_signal_is_heard_while_the_main_thread_waits():
+    """In a call that does not return, as one that waits for a device, Python runs no handler: the descriptor tells."""
+    code = (
+        "import ctypes, os, signal, threading\n"
+        "from warpline.stages.parts.session import StopSignal\n"
+        "read, write = os.pipe(); os.set_blocking(write, False)\n"
+        "stop = StopSignal().install(write)\n"
+        "def listen():\n"
+        "    number = os.read(read, 1)[0]; print(number, stop.received, flush=True); os._exit(0)\n"
+        "threading.Thread(target=listen, daemon=True).start()\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # another thread takes it, and this one sleeps on\n"
+        "ctypes.CDLL(None).sleep(20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{int(signal.SIGTERM)} None\n", done.stderr
