@@ -74,7 +74,7 @@ def shapes(device: torch.device, is_quick: bool) -> Iterator[tuple[str, Shape]]:
         lengths, counts, windows = ([4096, 16384] if is_gpu else [total]), [16], [total // 16]
     for length in lengths:
         yield "causal", Shape(max(1, total // length), length, *heads)
-    for length in lengths[-1:] if is_quick else lengths[::2]:
+    for length in lengths[::2] if is_gpu and not is_quick else lengths[-1:]:
         yield f"causal, width {other_width[2]}", Shape(max(1, total // length), length, *other_width)
     for count in counts:
         yield "packed", Shape(1, total, *heads, documents=count)
