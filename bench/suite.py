@@ -35,7 +35,7 @@ KERNELS = (
     "swiglu", "adamw",
 )  # fmt: skip
 STAGES = ("pretrain", "sft", "preference", "rl", "distill")
-SECONDS = {("cpu", True): 0.05, ("cpu", False): 0.05, ("cuda", True): 0.2, ("cuda", False): 1.0}
+SECONDS = {("cpu", True): 0.02, ("cpu", False): 0.05, ("cuda", True): 0.2, ("cuda", False): 1.0}
 PYTEST = (
     "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-p", "no:cacheprovider", "--import-mode=importlib", "-q", "-s",
     "-o", "python_functions=bench_*", "-o", "consider_namespace_packages=true", "--benchmark-quiet", "--benchmark-disable-gc",

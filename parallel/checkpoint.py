@@ -116,13 +116,9 @@ def damage(checkpoint: Path, rank: int = 0, size: int = 1) -> str | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints under `folder`, newest first."""
-    found = [(number, path) for path in folder.glob("step-*") if (number := _step_of(path)) is not None and path.is_dir()]
+    folders = [path for path in folder.glob("step-*") if path.is_dir()]
+    found = [(int(match[1]), path) for path in folders if (match := re.fullmatch(r"step-(\d+)", path.name))]
     return [path for _, path in sorted(found, reverse=True)]
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else None
 
 
 def sweep(folder: Path) -> None:
@@ -148,8 +144,8 @@ def _publish(temporary: Path, final: Path, keep: int) -> None:
     sync(folder)
     if old.exists():
         shutil.rmtree(old)
-    older = [path for path in checkpoints(folder) if (_step_of(path) or 0) <= (_step_of(final) or 0)]
-    for path in older[keep:]:
+    found = checkpoints(folder)
+    for path in found[found.index(final) + keep :]:
         shutil.rmtree(path.rename(folder / f"{path.name}.tmp-{token}"))
 
 

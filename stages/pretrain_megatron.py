@@ -33,7 +33,7 @@ from .parts.progress import StageProgress, console
 from .parts.run import RunFolder
 from .parts.schedule import learning_rate
 from .parts.seed import seed_of
-from .parts.session import SAVE_TIMEOUT, NonFinite, Stopped, StopSignal
+from .parts.session import COUNTERS, SAVE_TIMEOUT, NonFinite, Stopped, StopSignal
 from .parts.tokens import num_targets, num_tokens
 from .pretrain import PretrainStageConfig, data_folder, parts_of, start_of
 
@@ -65,18 +65,11 @@ def main(config: PretrainStageConfig, run: RunFolder, mesh: Mesh, stop: StopSign
     dtype = torch.bfloat16 if choose_precision(config.precision, mesh.device) == "bf16" else torch.float32
     weights = Filled(begin.config, begin.fill)
     engine = MegatronEngine(begin.config, weights, layout, adam, device=mesh.device, dtype=dtype)
-    state: dict[str, Any] = {
-        "step": 0,
-        "tokens": 0,
-        "num_updates": 0,
-        "seconds": 0.0,
-        "skipped_steps": 0,
-        "skipped_in_a_row": 0,
-    }
+    state: dict[str, Any] = dict.fromkeys(COUNTERS, 0)
     if resumed:
         fill, there = reader(resumed, "optimizer"), read_json(resumed / "state.json")
         engine.restore(weights, {of: Filled(begin.config, fill, f"{of}.") for of in MOMENTS}, there["num_updates"])
-        state = {name: there[name] for name in state}
+        state = {name: there[name] for name in COUNTERS}
     run.rewind("metrics.jsonl", "pretrain", state["step"])
     leads = engine.groups.tp.rank() == engine.groups.cp.rank() == engine.groups.pp.rank() == 0
 

@@ -27,6 +27,7 @@ from .progress import StageProgress, console
 from .run import RunFolder
 from .schedule import learning_rate
 
+COUNTERS = ("step", "tokens", "num_updates", "seconds", "skipped_steps", "skipped_in_a_row")  # of a stage, in its checkpoints
 SAVE_TIMEOUT = datetime.timedelta(minutes=30)  # of one rank for another's part of a save
 
 
@@ -181,8 +182,7 @@ class Session:
             )
 
     def _state(self) -> dict[str, Any]:
-        names = ("step", "tokens", "num_updates", "seconds", "skipped_steps", "skipped_in_a_row")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in COUNTERS}
 
     def _moments(self) -> dict[str, Piece]:
         """This rank's pieces of the optimiser's moments, made where there are none."""
