@@ -4,7 +4,7 @@ Run     warpline bench attention [--quick] [--out DIR]
 Expect  a row per candidate, operation and shape; docs is the number of documents that the tokens are packed in, with lengths
         as text has them (`lengths`), 0 for a dense batch. FLOPs count the pairs that a mask leaves, 4·N·H forward and 10·N·H
         backward, whatever a candidate computes: ours makes the scores once more for a backward without atomics, 14·N·H. Errors
-        are those of the last 64 tokens of the last sequence, over all their keys: output, and gradients of q, k and v.
+        are those of the last 64 tokens of the longest sequence, over all their keys: output, and gradients of q, k and v.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ class Shape(NamedTuple):
         return document_lengths(self.tokens, self.documents) if self.documents else [self.tokens]
 
     @property
+    def longest(self) -> slice:
+        """Tokens of the longest document, or of a whole sequence."""
+        lengths = self.lengths
+        which = lengths.index(max(lengths))
+        return slice(sum(lengths[:which]), sum(lengths[: which + 1]))
+
+    @property
     def pairs(self) -> int:
         """Query-key pairs of one head that the mask leaves."""
         found = 0
@@ -64,7 +71,7 @@ class Shape(NamedTuple):
 def shapes(device: torch.device, is_quick: bool) -> Iterator[tuple[str, Shape]]:
     """(what the rows are about, shape)."""
     is_gpu = device.type == "cuda"
-    heads, total = ((16, 4, 128), 16384) if is_gpu else ((8, 2, 64), 1024)
+    heads, total = ((16, 4, 128), 16384) if is_gpu else ((8, 2, 64), 512)
     other_width = (32, 8, 64) if is_gpu else (4, 1, 128)
     lengths, counts, windows = [256, 512, 1024], [1, 32], [128]
     if is_gpu:
@@ -74,7 +81,7 @@ def shapes(device: torch.device, is_quick: bool) -> Iterator[tuple[str, Shape]]:
         lengths, counts, windows = ([4096, 16384] if is_gpu else [total]), [16], [total // 16]
     for length in lengths:
         yield "causal", Shape(max(1, total // length), length, *heads)
-    for length in lengths[::2] if is_gpu and not is_quick else lengths[-1:]:
+    for length in lengths[::2] if is_gpu and not is_quick else [total]:
         yield f"causal, width {other_width[2]}", Shape(max(1, total // length), length, *other_width)
     for count in counts:
         yield "packed", Shape(1, total, *heads, documents=count)
@@ -121,15 +128,16 @@ def backward(function: Function) -> Candidate:
     return Candidate(gradients, prepare)
 
 
-def last_tokens(shape: Shape, values: Tensor, count: int | None = None) -> Tensor:
-    """[1, count, heads, H]: the last ones of the last sequence, by default those that are checked."""
-    count = min(CHECKED_TOKENS, shape.lengths[-1]) if count is None else count
-    return values[None, -count:] if shape.documents else values[-1:, -count:]
+def last_tokens(shape: Shape, values: Tensor, count: int = CHECKED_TOKENS) -> Tensor:
+    """[1, count, heads, H]: the last ones of the longest document, or of the last sequence; all of them if those are fewer."""
+    tokens = shape.longest
+    part = slice(max(tokens.start, tokens.stop - count), tokens.stop)
+    return values[None, part] if shape.documents else values[-1:, part]
 
 
 def reference(shape: Shape, which: str, x: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """The last tokens' output, or gradients: under a causal mask no later token adds to them."""
-    length = shape.lengths[-1]
+    length = shape.longest.stop - shape.longest.start
     q = last_tokens(shape, x["q"]).detach().to(dtype).requires_grad_()
     k, v = (last_tokens(shape, x[name], length).detach().to(dtype).requires_grad_() for name in "kv")
     named = {name: value for name, value in x["named"].items() if name not in ("cu_seqlens", "max_seqlen")}

@@ -28,7 +28,7 @@ HALF = 0.6931471805599453  # log 2
 def shapes(device: torch.device, is_quick: bool) -> list[tuple[int, int, int, int]]:
     """T, D, U, V: a student of an 8B model's width beside as wide a teacher, a narrow one beside a wider; a laptop's."""
     if device.type == "cpu":
-        return [(512, 64, 128, 4096)] if is_quick else [(512, 64, 128, 4096), (1024, 64, 128, 4096)]
+        return [(512, 64, 128, 4096)] if is_quick else [(256, 64, 128, 4096), (512, 64, 128, 4096)]
     middle = (8192, 4096, 4096, 131072)
     if is_quick:
         return [middle]

@@ -377,8 +377,7 @@ def _gpu_milliseconds(function: Callable[[], Any]) -> float:
 
 
 def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory a call held beyond what was held before it, after one call to warm up."""
-    function()
+    """The most memory a call held beyond what was held before it; it has run before."""
     with memory_watch(device) as watch:
         function()
     return watch.peak_mib

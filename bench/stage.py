@@ -66,7 +66,7 @@ def size_of(device: torch.device, is_quick: bool) -> Size:
     shape = DecoderShape(
         width=width, num_layers=layers, num_heads=width // 32, num_kv_heads=width // 64, head_width=32, mlp_width=3 * width
     )
-    return Size(shape, 1024, 128, 1024 if is_quick else 2048, 4 if is_quick else 6, 1_000_000)
+    return Size(shape, 1024, 128, 1024 if is_quick else 1536, 4, 1_000_000)
 
 
 @dataclass

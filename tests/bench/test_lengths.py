@@ -5,6 +5,7 @@ import statistics
 import pytest
 import torch
 
+from warpline.bench.attention import Shape, last_tokens
 from warpline.bench.lengths import boundaries, document_lengths
 
 
@@ -29,3 +30,17 @@ def test_boundaries_are_cumulative_int32():
 def test_more_documents_than_tokens_are_refused():
     with pytest.raises(ValueError, match="received 5 documents of 4 tokens; expected 1 to 4"):
         document_lengths(4, 5)
+
+
+def test_attention_is_checked_on_the_last_tokens_of_the_longest_document():
+    shape = Shape(1, 512, 8, 2, 64, documents=32)
+    lengths = document_lengths(512, 32)
+    longest = lengths.index(max(lengths))
+    start, end = sum(lengths[:longest]), sum(lengths[: longest + 1])
+    assert start > 0 and end < 512, "of this shape it is neither the first nor the last"
+    assert shape.longest == slice(start, end) and end - start > 64
+    positions = torch.arange(512)
+    assert last_tokens(shape, positions)[0].tolist() == list(range(end - 64, end))
+    assert last_tokens(shape, positions, 512)[0].tolist() == list(range(start, end)), "fewer, and none of another document"
+    dense = Shape(2, 256, 8, 2, 64)
+    assert last_tokens(dense, torch.arange(512).view(2, 256))[0].tolist() == list(range(448, 512))
