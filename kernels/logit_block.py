@@ -201,16 +201,25 @@ def _centred(z: Tensor, is_new: bool, shift_R: Tensor) -> Tensor:
     return z.sub_(shift_R[:, None]) if is_new else z - shift_R[:, None]
 
 
-def _logprobs(side: Side, coefficients: Tensor) -> Tensor:
-    """log p, a new tensor."""
-    return _centred(*_logits(side), coefficients[Coefficient.MAX]).sub_(coefficients[Coefficient.LOG_SUM][:, None])
+def _logprobs(side: Side, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """log p, in `out` if it has the product's dtype (it may be the product itself), else a new tensor."""
+    z, max_R = _logits(side)[0], coefficients[Coefficient.MAX]
+    centred = torch.sub(z, max_R[:, None], out=out if out is not None and out.dtype == z.dtype else None)
+    return centred.sub_(coefficients[Coefficient.LOG_SUM][:, None])
 
 
-def _slope(z: Tensor, form: LogitMap) -> Tensor | float:
+def _finish(d: Tensor, slope: Tensor | float, out: Tensor) -> None:
+    """out = d · slope, where `d` may be `out` already."""
+    if d is not out or not isinstance(slope, float) or slope != 1.0:
+        torch.mul(d, slope, out=out)
+
+
+def _slope(side: Side) -> Tensor | float:
     """d logit / d product."""
-    if form.softcap is None:
-        return 1.0 / form.temperature
-    return (z * (form.temperature / form.softcap)).square_().neg_().add_(1.0).div_(form.temperature)
+    temperature, softcap = side.map
+    if softcap is None:
+        return 1.0 / temperature
+    return _logits(side)[0].mul_(temperature / softcap).square_().neg_().add_(1.0).div_(temperature)
 
 
 def _rescaled(old_max_R: Tensor, block_max_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,9 +290,8 @@ def _divergence_torch(student: Side, teacher: Side, beta: float, normalisers: tu
 def _gradient_torch(
     side: Side, coefficients: Tensor, target: Targets, d_target_RC: Tensor | None, present: Wanted, out: Tensor
 ) -> None:
-    z, is_new = _logits(side)
-    slope = _slope(z, side.map)
-    lp = _centred(z, is_new, coefficients[Coefficient.MAX]).sub_(coefficients[Coefficient.LOG_SUM][:, None])
+    slope = _slope(side)
+    lp = _logprobs(side, coefficients, out)
     a, b, c, k = (coefficients[row][:, None] for row in (Coefficient.A, Coefficient.B, Coefficient.C, Coefficient.K))
     factor = (lp * b).add_(a) if present.entropy else a
     p = lp.exp_()
@@ -296,14 +304,14 @@ def _gradient_torch(
         local_RC = target.id_RC - target.first_column
         inside_RC = (local_RC >= 0) & (local_RC < d.shape[1])
         d.scatter_add_(1, local_RC.clamp(0, d.shape[1] - 1), d_target_RC.masked_fill(~inside_RC, 0.0))
-    torch.mul(d, slope, out=out)
+    _finish(d, slope, out)
 
 
 def _divergence_gradient_torch(
     student: Side, teacher: Side, divergence: Divergence, coefficients: Tensor, normaliser: Tensor, out: Tensor
 ) -> None:
-    slope = _slope(_logits(student)[0], student.map) if student.map.softcap is not None else 1.0 / student.map.temperature
-    log_s, log_t = _logprobs(student, coefficients), _logprobs(teacher, normaliser)
+    slope = _slope(student)
+    log_s, log_t = _logprobs(student, coefficients, out), _logprobs(teacher, normaliser)
     upstream, value = coefficients[Coefficient.A][:, None], coefficients[Coefficient.B][:, None]
     if divergence.kind == "forward_kl":
         d = log_s.exp_().sub_(log_t.exp_()).mul_(upstream)
@@ -312,7 +320,7 @@ def _divergence_gradient_torch(
         is_jsd = divergence.kind == "jsd"
         other = _log_mixture(log_s, log_t, divergence.beta) if is_jsd else log_t
         d = log_s.sub_(other).sub_(value).mul_(s).mul_(upstream * (1.0 - divergence.beta) if is_jsd else upstream)
-    torch.mul(d, slope, out=out)
+    _finish(d, slope, out)
 
 
 # ---- The one place where a device's kernels enter ----
