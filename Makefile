@@ -12,16 +12,20 @@ export OMP_WAIT_POLICY ?= PASSIVE
 run: venv
 	$(BIN)/warpline line configs/line/laptop.toml
 
-# Twice: once as a user's process runs, and the kernels' tests once more with Triton interpreting on the CPU.
+# The kernels' tests twice: as a user's process runs, and once more with Triton interpreting on the CPU. They use one thread and
+# share nothing, so every core takes some of them; the others start processes of their own.
 PYTEST := $(BIN)/python -m pytest --timeout=600 $(PYTEST_ARGS)
+KERNELS := -n auto -p no:benchmark tests/kernels
 
 test: venv
-	$(PYTEST) -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" tests/kernels
+	$(PYTEST) -m "not slow and not gpu" --ignore=tests/kernels
+	$(PYTEST) -m "not slow and not gpu" $(KERNELS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not gpu" $(KERNELS)
 
 test-all: test
-	$(PYTEST) -m "slow and not gpu"
-	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu" tests/kernels
+	$(PYTEST) -m "slow and not gpu" --ignore=tests/kernels
+	$(PYTEST) -m "slow and not gpu" $(KERNELS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not gpu" $(KERNELS)
 
 # Every stage × layout against one process; writes docs/parity.md.
 parity: venv

@@ -1,17 +1,18 @@
 """Generated tasks with a verifiable answer: seeded families, as chat `messages`, each with a grader.
 
-A family draws a question and its only right answer from a `random.Random`. Whether an instance belongs to the training or
-the held-out side is a pure function of its question (a hash), so the two sides are disjoint whatever the seeds and counts.
+A family draws a question and its only right answer from a `random.Random`. What varies is digits, written together: the
+tokenizer makes each a token of its own whatever text it was trained on, so that a task is as hard beside one text as beside
+another. Whether an instance belongs to the training or the held-out side is a pure function of its question (a hash), so the
+two sides are disjoint whatever the seeds and counts.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .record import BadData
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_ONE_IN = 8  # share of all possible instances that only evaluation sees
 
 
@@ -21,8 +22,13 @@ class Instance:
     answer: str
 
 
-def _letters(rng: random.Random, size: int) -> list[str]:
-    return rng.sample(LETTERS, rng.randint(max(2, size - 2), size))
+def _digits(rng: random.Random, size: int) -> list[int]:
+    """`size - 2` to `size` of them, two at least."""
+    return [rng.randrange(10) for _ in range(rng.randint(max(2, size - 2), size))]
+
+
+def _joined(digits: Iterable[int]) -> str:
+    return "".join(map(str, digits))
 
 
 def addition(rng: random.Random, size: int) -> Instance:
@@ -32,29 +38,29 @@ def addition(rng: random.Random, size: int) -> Instance:
 
 
 def sorting(rng: random.Random, size: int) -> Instance:
-    """`size - 2` to `size` different letters in alphabetical order."""
-    letters = _letters(rng, size)
-    return Instance(f"Sort: {' '.join(letters)}", " ".join(sorted(letters)))
+    """`size - 2` to `size` digits in ascending order."""
+    digits = _digits(rng, size)
+    return Instance(f"Sort: {_joined(digits)}", _joined(sorted(digits)))
 
 
 def reversal(rng: random.Random, size: int) -> Instance:
-    """`size - 2` to `size` different letters, last first."""
-    letters = _letters(rng, size)
-    return Instance(f"Reverse: {' '.join(letters)}", " ".join(reversed(letters)))
+    """`size - 2` to `size` digits, last first."""
+    digits = _digits(rng, size)
+    return Instance(f"Reverse: {_joined(digits)}", _joined(reversed(digits)))
 
 
 def counting(rng: random.Random, size: int) -> Instance:
-    """How often one letter occurs among `size` letters drawn from three."""
-    pool = rng.sample(LETTERS, 3)
-    letters = [rng.choice(pool) for _ in range(size)]
-    return Instance(f"Count {pool[0]}: {' '.join(letters)}", str(letters.count(pool[0])))
+    """How often one digit occurs among `size` digits drawn from three."""
+    pool = rng.sample(range(10), 3)
+    digits = [rng.choice(pool) for _ in range(size)]
+    return Instance(f"Count {pool[0]}: {_joined(digits)}", str(digits.count(pool[0])))
 
 
 def shifting(rng: random.Random, size: int) -> Instance:
     """A number from 1 to 3 added to each of `size - 2` to `size` digits, modulo ten."""
     shift = rng.randint(1, 3)
-    digits = [rng.randrange(10) for _ in range(rng.randint(max(2, size - 2), size))]
-    return Instance(f"Shift {shift}: {''.join(map(str, digits))}", "".join(str((digit + shift) % 10) for digit in digits))
+    digits = _digits(rng, size)
+    return Instance(f"Shift {shift}: {_joined(digits)}", _joined((digit + shift) % 10 for digit in digits))
 
 
 FAMILIES: dict[str, Callable[[random.Random, int], Instance]] = {
@@ -111,16 +117,15 @@ def _draw(family: str, size: int, count: int, held_out: bool, seed: int, wrong_s
 
 
 def near_miss(rng: random.Random, answer: str) -> str:
-    """A wrong answer such as a person gives: two of its parts exchanged, or, where all are equal, a digit off by one."""
-    separator = " " if " " in answer else ""
-    parts = answer.split() if separator else list(answer)
+    """A wrong answer such as a person gives: two of its digits exchanged, or, where all are equal, the last off by one."""
+    parts = list(answer)
     different = [(i, j) for i in range(len(parts)) for j in range(i) if parts[i] != parts[j]]
     if different:
         i, j = rng.choice(different)
         parts[i], parts[j] = parts[j], parts[i]
     else:
         parts[-1] = str((int(parts[-1]) + rng.choice((1, 9))) % 10)
-    return separator.join(parts)
+    return "".join(parts)
 
 
 def completion_text(completion: str | Sequence[dict]) -> str:

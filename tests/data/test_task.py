@@ -1,6 +1,9 @@
+import re
+
 import pytest
 
 from warpline.data.task import FAMILIES, exact_match, is_held_out, make_tasks
+from warpline.data.tokenizer import train_tokenizer
 
 SIZES = {"addition": 2, "sorting": 6, "reversal": 6, "counting": 8, "shifting": 5}
 
@@ -29,13 +32,23 @@ def test_answers_are_right(family):
         key = kind[-1]
         right = {
             "Add": lambda text: str(sum(int(number) for number in text.split(" + "))),
-            "Sort": lambda text: " ".join(sorted(text.split())),
-            "Reverse": lambda text: " ".join(text.split()[::-1]),
+            "Sort": lambda text: "".join(sorted(text)),
+            "Reverse": lambda text: text[::-1],
             "Shift": lambda text, key=key: "".join(str((int(digit) + int(key)) % 10) for digit in text),
-            "Count": lambda text, key=key: str(text.split().count(key)),
+            "Count": lambda text, key=key: str(text.count(key)),
         }[kind.split()[0]](body)
         assert record["answer"] == right
         assert record["messages"] == [*record["prompt"], {"role": "assistant", "content": right}]
+
+
+def test_what_varies_is_one_token_a_character_whatever_the_tokenizer_has_read():
+    digits = ["Sort: 1234 12 34", "7 77 777 5 + 3 = 8"] * 50
+    for texts in (["some text", "and other"], digits):
+        tokenizer = train_tokenizer(texts, 300)
+        for record in make_tasks(SIZES, 20, held_out=False, seed=5):
+            for text in (question(record), record["answer"]):
+                tokens = tokenizer.encode(text).tokens
+                assert [token for token in tokens if re.search("[0-9]", token)] == re.findall("[0-9]", text)
 
 
 def test_demonstrations_are_wrong_in_the_share_asked_and_answers_never():
