@@ -27,7 +27,7 @@ from torch import Tensor
 from .machine import cache_bytes, held_bytes, machine_of, memory_watch
 from .rows import RESULTS, BadResults, Bench, Results, check_writable, load, path_of, save
 from .rows import Row as Row  # benches that run by themselves take it from here
-from .table import folded, terminal_columns
+from .table import folded, stage_words, terminal_columns
 from .telemetry import Telemetry
 
 ITSELF = "itself"
@@ -151,7 +151,7 @@ def line_of(row: Row, columns: int | None = None) -> str:
         parts.append(row.check)
     if "throttled" in row.telemetry:
         parts.append(f"THROTTLED: {row.telemetry['throttled']}")
-    parts += [row.note] if row.note else []
+    parts += [*stage_words(row), row.note] if row.note else stage_words(row)
     line = f"{names} {'  '.join(parts)}"
     if columns is None or len(line) <= columns:
         return line

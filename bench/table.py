@@ -69,11 +69,21 @@ def _folded_line(line: str, columns: int | None) -> str:
 def cells(row: Row, ours: Row) -> tuple[str, ...]:
     marks = [] if row.check in ("", "passed") else [row.check]
     marks += [f"throttled: {row.telemetry['throttled']}"] if "throttled" in row.telemetry else []
+    marks += stage_words(row)
     return (
         row.candidate, f"{row.milliseconds:.4g}", f"{row.spread:.2g}", _percent(row.self_spread), ratio(row, ours),
         _percent(row.of_ceiling), _number(row.peak_mib), _number(row.joules), _scientific(row.error),
         _scientific(row.eager_error), "; ".join([*marks, row.note] if row.note else marks),
     )  # fmt: skip
+
+
+def stage_words(row: Row) -> list[str]:
+    """Of a stage's step, tokens a second and the shares of its parts, the largest first; else nothing."""
+    whole = sum(row.split.values())
+    if row.tokens is None or whole <= 0:
+        return []
+    parts = sorted(row.split.items(), key=lambda part: -part[1])
+    return [f"{1e3 * row.tokens / row.milliseconds:,.0f} tokens/s", ", ".join(f"{name} {t / whole:.0%}" for name, t in parts)]
 
 
 def ratio(row: Row, ours: Row) -> str:

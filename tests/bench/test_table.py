@@ -1,7 +1,7 @@
 """The table: a ratio only over a check that passed, "=" within the spread, and every absent peer with its reason."""
 
 from warpline.bench.rows import Bench, Results, Row
-from warpline.bench.table import ratio, table, terminal_columns
+from warpline.bench.table import ratio, stage_words, table, terminal_columns
 
 
 def row(candidate: str, milliseconds: float, **options) -> Row:
@@ -33,6 +33,16 @@ def test_the_table_says_who_is_absent_why_and_what_throttled():
     words = table(Results({"name": "cpu"}, None, benches, rows), ["rms_norm", "not run"])
     assert "norm   R=4   float32" in words and "absent: liger: runs on CUDA" in words
     assert "throttled: software power cap" in words and "50%" in words and "1.0e-07" in words
+
+
+def test_a_stage_says_its_tokens_a_second_and_where_the_time_goes():
+    split = {"data and host": 0.01, "forward": 0.04, "backward": 0.15}
+    step = row("warpline", 200.0, check="passed", tokens=1536, split=split)
+    assert stage_words(step) == ["7,680 tokens/s", "backward 75%, forward 20%, data and host 5%"]
+    assert stage_words(row("warpline", 200.0, tokens=1536)) == [], "an operation has tokens, and no parts"
+    results = Results({"name": "cpu"}, None, {"rms_norm": Bench("complete", False, 3.0, {})}, [step])
+    narrow = table(results, ["rms_norm"], 80).splitlines()
+    assert any("7,680 tokens/s; backward 75%, forward 20%" in line for line in narrow) and max(map(len, narrow)) <= 80
 
 
 LONG = "failed: error 1.0e-01, allowed 1.0e-06; and it says why in more words than there is room for in one line of a terminal"
