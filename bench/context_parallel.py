@@ -1,7 +1,6 @@
 """Context parallelism: ring attention and Ulysses beside torch's own over flex_attention, and beside what is possible.
 
-Run     python -m warpline.bench.context_parallel [--quick] [--out DIR]      (starts its own 2 and 4 ranks)
-Writes  DIR/cpu/context_parallel.json, or DIR/<card>/context_parallel.json
+Run     warpline bench context_parallel [--quick] [--out DIR]; starts its own 2 and 4 ranks, and runs by name only
 Expect  per ranks n and tokens T of one causal document, in milliseconds: ours; torch's context parallelism (every rank gathers
         all keys and values) on the same inputs in the same order, flex_attention compiled, forward alone on a CPU, where it
         has no backward; one process / n, on a CPU divided by its cores if fewer, and of the ring a ring of one, since on a
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,11 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..kernels.attention import attention
 from ..parallel.context import ContextBatch
 from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
-from .measure import relative_error
+from . import scaling
+from .measure import Report, relative_error
 from .rows import Row
-from .scaling import bandwidth, cores, cpu_milliseconds, device_of, emit, rounds, row_of, run
+from .scaling import bandwidth, cores, cpu_milliseconds, device_of, emit, rounds, row_of, work
 
-NAME = "context_parallel"
 CHECKED_TOKENS = 1024
 NO_BACKWARD = {"torch flex, forward and backward": "flex_attention has no backward on a CPU (torch 2.13)"}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -241,5 +239,9 @@ def worker(is_quick: bool) -> None:
     end_mesh(mesh)
 
 
+def fill(report: Report, is_quick: bool) -> None:
+    scaling.fill(report, is_quick, alone, NO_BACKWARD if report.device.type == "cpu" else {})
+
+
 if __name__ == "__main__":
-    sys.exit(run(NAME, __doc__, worker, alone, NO_BACKWARD if device_of().type == "cpu" else {}))
+    work(worker)

@@ -10,7 +10,6 @@ Expect  A, B, C, A', A, B, C, A' …: A' is ours once more, and the difference o
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import statistics
@@ -25,8 +24,7 @@ import torch
 from torch import Tensor
 
 from .machine import cache_bytes, held_bytes, machine_of, memory_watch
-from .rows import RESULTS, BadResults, Bench, Results, check_writable, load, path_of, save
-from .rows import Row as Row  # benches that run by themselves take it from here
+from .rows import BadResults, Bench, Results, Row, check_writable, load, path_of, save
 from .table import folded, stage_words, terminal_columns
 from .telemetry import Telemetry
 
@@ -35,6 +33,10 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 200
 # What a peer that is installed can raise on a shape it does not do; torch.OutOfMemoryError is a RuntimeError.
 REFUSALS = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError)
 Inputs = dict[str, Any]
+
+
+class LeftOut(RuntimeError):
+    """Why a bench cannot run on this machine, in one line; that is no failure."""
 
 
 class Candidate(NamedTuple):
@@ -116,21 +118,6 @@ class Report:
         bench = self.results.benches[self.bench]
         bench.ended, bench.seconds = ended, round(seconds, 1)
         save(self.results, self.path)
-
-
-def begin(name: str, description: str | None, quick: str) -> tuple[torch.device, Report, bool]:
-    """The command line of a bench that runs by itself: (device, report, whether it is quick)."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        report = Report(arguments.out, device)
-    except BadResults as error:
-        parser.error(str(error))
-    report.start(name, arguments.quick)
-    return device, report, arguments.quick
 
 
 def line_of(row: Row, columns: int | None = None) -> str:

@@ -1,7 +1,6 @@
 """Pipelines: a step by every schedule beside what is possible, and its bubble: of the table, of the order that ran, and seen.
 
-Run     python -m warpline.bench.pipeline [--quick] [--out DIR]      (starts its own 2 and 4 ranks)
-Writes  DIR/cpu/pipeline.json, or DIR/<card>/pipeline.json
+Run     warpline bench pipeline [--quick] [--out DIR]; starts its own 2 and 4 ranks, and runs by name only
 Expect  per schedule, ranks n and microbatches M, in milliseconds a step:
           measured            the step; its bubble is the share of it, over ranks, in which no forward or backward runs
           order, own costs    the order that each rank ran, replayed with the median cost of each forward and backward (on a CPU
@@ -18,7 +17,6 @@ Expect  per schedule, ranks n and microbatches M, in milliseconds a step:
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -31,10 +29,11 @@ from ..kernels.linear_logprob import linear_cross_entropy
 from ..models.decoder import Decoder, DecoderConfig
 from ..parallel import pipeline
 from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
+from . import scaling
+from .measure import Report
 from .rows import Row
-from .scaling import bandwidth, cores, device_of, emit, rounds, row_of, run, timed
+from .scaling import bandwidth, cores, device_of, emit, rounds, row_of, timed, work
 
-NAME = "pipeline"
 STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2, "zbv": 2}
 # Of a forward, both gradients, the input's and the weights'.
 EQUAL = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
@@ -317,5 +316,9 @@ def rows_of_step(schedule: str, step: Step, shape: dict[str, int], truth: float)
         yield row_of(operation, candidate, shape, [computation / (1 - bubble)], f"bubble {bubble:.1%}")
 
 
+def fill(report: Report, is_quick: bool) -> None:
+    scaling.fill(report, is_quick, alone, {})
+
+
 if __name__ == "__main__":
-    sys.exit(run(NAME, __doc__, worker, alone, {}))
+    work(worker)

@@ -8,24 +8,21 @@ Expect  on a CPU all ranks share its cores, one thread each: with more ranks tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ..parallel.mesh import Mesh, num_processes
-from .measure import Report, interquartile_range, synchronise
-from .rows import RESULTS, BadResults, Row
-from .table import table, terminal_columns
+from .measure import LeftOut, Report, interquartile_range, self_spread, synchronise
+from .rows import Row
 
 
 def device_of() -> torch.device:
@@ -37,56 +34,48 @@ def rank_counts(device: torch.device) -> list[int]:
     return [n for n in (2, 4) if device.type == "cpu" or torch.cuda.device_count() >= n]
 
 
-def run(
-    name: str, description: str | None, worker: Callable[[bool], None], alone: Callable[[bool], Sequence[Row]],
-    absent: dict[str, str],
-) -> int:  # fmt: skip
-    """The command line of a bench. In a process that torchrun started, `worker(is_quick)`; otherwise `alone(is_quick)` gives
-    the rows of one process, and ranks are started for the others. `absent`: what takes no part, and why."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default bench/results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if num_processes() > 1:
-        worker(arguments.quick)
-        return 0
-    device, started = device_of(), time.monotonic()
-    counts = rank_counts(device)
+def fill(report: Report, is_quick: bool, alone: Callable[[bool], Sequence[Row]], absent: dict[str, str]) -> None:
+    """The rows of the bench that the report is at: `alone(is_quick)` gives those of one process, the ranks started here the
+    others. `absent`: what takes no part, and why. LeftOut with one GPU; CalledProcessError where a rank fails."""
+    counts = rank_counts(report.device)
     if not counts:
-        print(f"{name}: received one GPU; expected two or more: nothing is measured", file=sys.stderr)
-        return 1
-    try:
-        report = Report(arguments.out, device)
-    except BadResults as error:
-        parser.error(str(error))
-    report.start(name, arguments.quick)
+        raise LeftOut("it needs two GPUs or more, and there is one")
     report.absent(absent)
-    for row in alone(arguments.quick):
-        report.add(row)
-    for num_ranks in counts:
-        for row in _ranks(name, num_ranks, ["--quick"] * arguments.quick):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every rank has
+    try:
+        for row in alone(is_quick):
             report.add(row)
-    report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
-    is_right = all(row.check in ("", "passed") for row in report.results.rows if row.bench == name)
-    report.end("complete" if is_right else "failed: a check", time.monotonic() - started)
-    print(table(report.results, [name], terminal_columns()), report.path, sep="\n")
-    return int(not is_right)
+    finally:
+        torch.set_num_threads(threads)
+    for num_ranks in counts:
+        for row in _ranks(report.bench, num_ranks, ["--quick"] * is_quick):
+            report.add(row)
 
 
-def _ranks(name: str, num_ranks: int, arguments: Sequence[str]) -> list[Row]:
-    """What the first of these ranks of a bench printed."""
+def _ranks(name: str, num_ranks: int, arguments: Sequence[str]) -> Iterator[Row]:
+    """What the first of these ranks of a bench prints, as it comes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command += ["--module", f"{__package__}.{name}", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from (Row(**json.loads(line)) for line in process.stdout if line.startswith("{"))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, f"{name} on {num_ranks} ranks")
+
+
+def work(worker: Callable[[bool], None]) -> None:
+    """What such a bench's module does as a program, in each of the processes that torchrun starts for it."""
+    if num_processes() == 1:
+        sys.exit("one process has nobody to work with: `warpline bench` with this bench's name starts the ranks")
+    torch.set_num_threads(1)
+    worker("--quick" in sys.argv[1:])
 
 
 def emit(mesh: Mesh, row: Row) -> None:
     """From a rank to the process that started it."""
     if mesh.is_first:
         print(json.dumps(asdict(row)), flush=True)
-        print(f"{row.operation:<28} {row.shape} {row.candidate:<24} {row.milliseconds:9.1f} ms  {row.note}", file=sys.stderr)
 
 
 def timed(call: Callable[[], object], mesh: Mesh | None, device: torch.device) -> float:
@@ -119,7 +108,7 @@ def row_of(
 ) -> Row:
     return Row(
         operation, candidate, shape, "float32", statistics.median(milliseconds), interquartile_range(milliseconds),
-        num_runs=len(milliseconds), note=note, check=check,
+        num_runs=len(milliseconds), self_spread=self_spread(milliseconds), note=note, check=check,
     )  # fmt: skip
 
 

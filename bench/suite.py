@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 from . import session
 from .compare import compare
 from .machine import ceilings
-from .measure import Case, Report, measure
+from .measure import REFUSALS, Case, LeftOut, Report, measure
 from .profile import Traced
 from .rows import RESULTS, BadResults, load, save
 from .session import Plan
@@ -35,6 +37,7 @@ KERNELS = (
     "swiglu", "adamw",
 )  # fmt: skip
 STAGES = ("pretrain", "sft", "preference", "rl", "distill")
+APART = ("use_in_your_trainer", "context_parallel", "pipeline")  # they start processes of their own, and run by name only
 SECONDS = {("cpu", True): 0.02, ("cpu", False): 0.05, ("cuda", True): 0.2, ("cuda", False): 1.0}
 PYTEST = (
     "-c", os.devnull, "--rootdir", str(Path(__file__).parent), "-p", "no:cacheprovider", "--import-mode=importlib", "-q", "-s",
@@ -49,16 +52,18 @@ class BadMachine(ValueError):
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("warpline bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benches, default all: {' '.join(KERNELS + STAGES)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"default: {' '.join(KERNELS + STAGES)}; by name only: {' '.join(APART)}"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer shapes, less time a candidate")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default bench/results")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results: what B made faster or slower")
     parser.add_argument("--profile", metavar="TEXT", help="trace the rows that contain TEXT, instead of timing")
     parser.add_argument("--no-pictures", action="store_true")
     arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.names if name not in KERNELS + STAGES]
+    unknown = [name for name in arguments.names if name not in KERNELS + STAGES + APART]
     if unknown:
-        parser.error(f"received bench {unknown[0]!r}; expected {', '.join(KERNELS + STAGES)}: choose among them")
+        parser.error(f"received bench {unknown[0]!r}; expected {', '.join(KERNELS + STAGES + APART)}: choose among them")
     return arguments
 
 
@@ -98,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     report.results.machine["load_after"] = f"{os.getloadavg()[0]:.2f}"
     save(report.results, report.path)
     print(table(report.results, chosen, terminal_columns()))
+    if not arguments.names:
+        print(f"left out: {', '.join(APART)}: about two minutes each, by name")
     if not arguments.no_pictures:
         for path in pictures(report.path):
             print(path)
@@ -132,6 +139,10 @@ def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Nam
         return _left_out(report, traced, f"{error}; install the package")
     if name in STAGES and traced is not None:
         return _left_out(report, traced, "a stage is traced by `warpline profile`")
+    if name in APART and traced is not None:
+        return _left_out(report, traced, "its processes are its own")
+    if name in APART:
+        return apart(module, report, is_quick)
 
     def cases() -> list[Any]:
         found = list(module.cases(device, is_quick))
@@ -145,6 +156,30 @@ def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Nam
         ended = f"failed: {len(plan.failures)} of {plan.num_cases}: {plan.failures[0]}"
     if traced is None:
         report.end(ended, time.monotonic() - started)
+    return ended
+
+
+def apart(module: Any, report: Report, is_quick: bool) -> str:
+    """A bench that starts processes of its own and adds its rows itself; how it ended."""
+    started = time.monotonic()
+    try:
+        module.fill(report, is_quick)
+    except LeftOut as error:
+        return _left_out(report, None, str(error))
+    except ModuleNotFoundError as error:
+        return _left_out(report, None, f"{error}; install the extra `trainers`")
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    except (*REFUSALS, subprocess.SubprocessError) as error:
+        traceback.print_exc()
+        ended = f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    else:
+        rows = [row for row in report.results.rows if row.bench == report.bench]
+        wrong = [f"{row.operation}: {row.candidate}: {row.check}" for row in rows if row.check not in ("", "passed")]
+        ended = f"failed: {len(wrong)} of {len(rows)}: {wrong[0]}" if wrong else "complete"
+    if ended.startswith("failed"):
+        print(ended, flush=True)
+    report.end(ended, time.monotonic() - started)
     return ended
 
 

@@ -11,7 +11,7 @@ import torch
 
 from warpline.bench import suite
 from warpline.bench.machine import machine_of
-from warpline.bench.measure import Candidate, Case
+from warpline.bench.measure import Candidate, Case, LeftOut
 from warpline.bench.profile import has_words
 from warpline.bench.rows import Results, Row, load, path_of, save
 from warpline.bench.suite import KERNELS, STAGES, compile_once, main
@@ -85,13 +85,64 @@ def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, capsys, mo
     assert "left out: sft: No module named 'pydantic'" in capsys.readouterr().out
 
 
+def fill_with(monkeypatch, fill) -> None:
+    monkeypatch.setattr(suite, "module_of", lambda name: types.SimpleNamespace(fill=fill))
+    monkeypatch.setattr(suite, "ceilings", lambda device: None)
+
+
+@pytest.mark.parametrize(
+    ("check", "ended"), [("passed", "complete"), ("failed: loss 2", "failed: 1 of 2: step: warpline: failed")]
+)
+def test_a_bench_with_processes_of_its_own_runs_by_name(tmp_path, monkeypatch, capsys, check, ended):
+    def fill(report, is_quick):
+        for candidate in ("warpline", "untouched"):
+            report.add(Row("step", candidate, {"n": 2}, "float32", 1.0, 0.1, check=check if candidate == "warpline" else ""))
+
+    fill_with(monkeypatch, fill)
+    assert main(["pipeline", "--no-pictures", "--out", str(tmp_path)]) == (check != "passed")
+    results = load(next(tmp_path.glob("*/*.json")))
+    assert results.benches["pipeline"].ended.startswith(ended) and [row.bench for row in results.rows] == ["pipeline"] * 2
+    assert "pipeline: complete" in capsys.readouterr().out or check != "passed"
+
+
+@pytest.mark.parametrize(
+    ("error", "ended", "code"),
+    [
+        (LeftOut("it needs two GPUs"), "left out: it needs two GPUs", 0),
+        (ModuleNotFoundError("No module named 'trl'"), "left out: No module named 'trl'; install the extra `trainers`", 0),
+        (subprocess.CalledProcessError(1, "pipeline on 2 ranks"), "failed: Command 'pipeline on 2 ranks' returned", 1),
+        (KeyboardInterrupt(), "interrupted", 1),
+    ],
+)
+def test_how_such_a_bench_ends_is_said_and_its_rows_stay(tmp_path, monkeypatch, error, ended, code):
+    def fill(report, is_quick):
+        report.add(Row("step", "warpline", {"n": 2}, "float32", 1.0, 0.1))
+        raise error
+
+    fill_with(monkeypatch, fill)
+    assert main(["context_parallel", "--no-pictures", "--out", str(tmp_path)]) == code
+    results = load(next(tmp_path.glob("*/*.json")))
+    assert results.benches["context_parallel"].ended.startswith(ended) and len(results.rows) == 1
+
+
+def test_without_names_the_suite_says_what_runs_by_name_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "ceilings", lambda device: None)
+    seen = []
+    monkeypatch.setattr(suite, "run", lambda name, *_: seen.append(name) or "complete")
+    assert main(["--no-pictures", "--out", str(tmp_path)]) == 0
+    assert tuple(seen) == KERNELS + STAGES
+    assert (
+        "left out: use_in_your_trainer, context_parallel, pipeline: about two minutes each, by name" in capsys.readouterr().out
+    )
+
+
 def test_a_trace_writes_nothing_into_results(tmp_path, monkeypatch, with_bench):
     with_bench(square_case())
     for name in ("rope", "sft"):
         assert main([name, "--no-pictures", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/*.json")
     before = path.read_bytes()
-    main(["rope", "sft", "--profile", "no such row", "--out", str(tmp_path)])
+    main(["rope", "sft", "pipeline", "--profile", "no such row", "--out", str(tmp_path)])
     assert path.read_bytes() == before, "a stage is left out of a trace, and a bench is not timed"
 
     def refuse(name):
