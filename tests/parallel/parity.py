@@ -8,6 +8,7 @@ Limits  fp64: every step's loss within 1e-9 of max(|loss|, 1), every parameter's
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parity_cases import CASES, MODELS, REFERENCES, STEPS, VOCABULARY, Case
 
 from warpline.data.record import write_records
-from warpline.data.task import make_tasks
+from warpline.data.task import make_tasks, near_miss
 from warpline.data.tokenizer import ChatTokenizer
 from warpline.models import huggingface
 from warpline.models.decoder import Decoder, DecoderConfig
@@ -49,8 +50,10 @@ def make_inputs(folder: Path) -> None:
     data.main(config, run, start_mesh())
     tokenizer = ChatTokenizer.load(run.path / "data" / "tokenizer")
     records = []
+    slips = random.Random(9)
     for task in make_tasks({"sorting": 4}, 60, held_out=False, seed=9):
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (task["answer"], task["answer"][::-1]))
+        answers = task["answer"], near_miss(slips, task["answer"])
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in answers)
         records.append({"prompt": task["prompt"], "chosen": chosen, "rejected": rejected})
     write_records(folder / "pairs.jsonl", records)
     for index, (name, shape) in enumerate(MODELS.items()):

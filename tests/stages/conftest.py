@@ -1,13 +1,14 @@
 """A small data folder, and every training stage at its smallest, each startable by name."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from warpline.data.record import write_records
-from warpline.data.task import make_tasks
+from warpline.data.task import make_tasks, near_miss
 from warpline.models.decoder import DecoderShape
 from warpline.parallel.mesh import start_mesh
 from warpline.stages import distill, preference, pretrain, rl, sft
@@ -67,8 +68,10 @@ def model_of(start_of) -> Callable:
 @pytest.fixture
 def pair_file(tmp_path) -> Path:
     records = []
+    slips = random.Random(9)
     for task in make_tasks({"sorting": 4}, 40, held_out=False, seed=9):
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (task["answer"], task["answer"][::-1]))
+        answers = task["answer"], near_miss(slips, task["answer"])
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in answers)
         records.append({"prompt": task["prompt"], "chosen": chosen, "rejected": rejected})
     write_records(tmp_path / "pairs.jsonl", records)
     return tmp_path / "pairs.jsonl"

@@ -17,7 +17,7 @@ def lines_of(folder):
 
 
 def test_dpo_starts_at_log_two_and_separates_the_pairs(stage_runner, tmp_path):
-    stage_runner("preference", tmp_path / "run", steps=15, checkpoint_every_steps=15)
+    stage_runner("preference", tmp_path / "run", steps=25, checkpoint_every_steps=25)
     lines = lines_of(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["margin"] == pytest.approx(0, abs=1e-5)
     assert lines[-1]["loss"] < 0.6 and lines[-1]["margin"] > 0.1 and lines[-1]["reward_accuracy"] > 0.9
