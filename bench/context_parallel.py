@@ -24,10 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..kernels.attention import attention
 from ..parallel.context import ContextBatch
 from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
-from . import scaling
 from .measure import Report, relative_error
 from .rows import Row
-from .scaling import bandwidth, cores, cpu_milliseconds, device_of, emit, rounds, row_of, work
+from .scaling import bandwidth, cores, cpu_milliseconds, device_of, emit, fill_with_ranks, rounds, row_of, work
 
 CHECKED_TOKENS = 1024
 NO_BACKWARD = {"torch flex, forward and backward": "flex_attention has no backward on a CPU (torch 2.13)"}
@@ -240,7 +239,8 @@ def worker(is_quick: bool) -> None:
 
 
 def fill(report: Report, is_quick: bool) -> None:
-    scaling.fill(report, is_quick, alone, NO_BACKWARD if report.device.type == "cpu" else {})
+    """Its rows, of one process and of ranks, as `fill_with_ranks` says."""
+    fill_with_ranks(report, is_quick, alone, NO_BACKWARD if report.device.type == "cpu" else {})
 
 
 if __name__ == "__main__":

@@ -99,14 +99,6 @@ def held_bytes(device: torch.device) -> int:
     return _status("VmRSS") * 2**10
 
 
-def resident_peak_mib(function: Callable[[], object]) -> float | None:
-    """The most resident memory of a call, after one to warm up, beyond what was resident before it."""
-    function()
-    with memory_watch(torch.device("cpu")) as watch:
-        function()
-    return watch.peak_mib
-
-
 class MemoryWatch:
     """The most memory held meanwhile beyond what was held at the start: the CUDA allocator's, on a CPU resident pages (None
     where Linux does not let a process ask)."""

@@ -364,7 +364,7 @@ def _gpu_milliseconds(function: Callable[[], Any]) -> float:
 
 
 def peak_mib(function: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory a call held beyond what was held before it; it has run before."""
+    """The most memory a call holds beyond what is held before it; of its first call, what it keeps from then on counts."""
     with memory_watch(device) as watch:
         function()
     return watch.peak_mib

@@ -29,10 +29,9 @@ from ..kernels.linear_logprob import linear_cross_entropy
 from ..models.decoder import Decoder, DecoderConfig
 from ..parallel import pipeline
 from ..parallel.mesh import Mesh, Sizes, end_mesh, num_processes, start_mesh
-from . import scaling
 from .measure import Report
 from .rows import Row
-from .scaling import bandwidth, cores, device_of, emit, rounds, row_of, timed, work
+from .scaling import bandwidth, cores, device_of, emit, fill_with_ranks, rounds, row_of, timed, work
 
 STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2, "zbv": 2}
 # Of a forward, both gradients, the input's and the weights'.
@@ -317,7 +316,8 @@ def rows_of_step(schedule: str, step: Step, shape: dict[str, int], truth: float)
 
 
 def fill(report: Report, is_quick: bool) -> None:
-    scaling.fill(report, is_quick, alone, {})
+    """Its rows, of one process and of ranks, as `fill_with_ranks` says."""
+    fill_with_ranks(report, is_quick, alone, {})
 
 
 if __name__ == "__main__":

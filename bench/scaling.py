@@ -1,7 +1,6 @@
 """What benches of several ranks share: starting the ranks, and the bandwidth between two.
 
 Run     by `context_parallel` and `pipeline`, which start their own ranks
-Writes  DIR/<machine>/<date>-<commit>.json, where the suite's rows are
 Expect  on a CPU all ranks share its cores, one thread each: with more ranks than cores a time can at best be that of the cores,
         and shows the shape of scaling, not the speed of a cluster
 """
@@ -34,7 +33,7 @@ def rank_counts(device: torch.device) -> list[int]:
     return [n for n in (2, 4) if device.type == "cpu" or torch.cuda.device_count() >= n]
 
 
-def fill(report: Report, is_quick: bool, alone: Callable[[bool], Sequence[Row]], absent: dict[str, str]) -> None:
+def fill_with_ranks(report: Report, is_quick: bool, alone: Callable[[bool], Sequence[Row]], absent: dict[str, str]) -> None:
     """The rows of the bench that the report is at: `alone(is_quick)` gives those of one process, the ranks started here the
     others. `absent`: what takes no part, and why. LeftOut with one GPU; CalledProcessError where a rank fails."""
     counts = rank_counts(report.device)

@@ -61,9 +61,10 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", metavar="TEXT", help="trace the rows that contain TEXT, instead of timing")
     parser.add_argument("--no-pictures", action="store_true")
     arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.names if name not in KERNELS + STAGES + APART]
+    known = KERNELS + STAGES + APART
+    unknown = [name for name in arguments.names if name not in known]
     if unknown:
-        parser.error(f"received bench {unknown[0]!r}; expected {', '.join(KERNELS + STAGES + APART)}: choose among them")
+        parser.error(f"received bench {unknown[0]!r}; expected {', '.join(known)}: choose among them")
     return arguments
 
 
@@ -139,10 +140,8 @@ def run(name: str, report: Report, telemetry: Telemetry, arguments: argparse.Nam
         return _left_out(report, traced, f"{error}; install the package")
     if name in STAGES and traced is not None:
         return _left_out(report, traced, "a stage is traced by `warpline profile`")
-    if name in APART and traced is not None:
-        return _left_out(report, traced, "its processes are its own")
     if name in APART:
-        return apart(module, report, is_quick)
+        return apart(module, report, is_quick) if traced is None else _left_out(report, traced, "its processes are its own")
 
     def cases() -> list[Any]:
         found = list(module.cases(device, is_quick))

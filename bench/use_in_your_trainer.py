@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.transformers_attention import register
-from .machine import resident_peak_mib
-from .measure import LeftOut, Report, self_spread
+from .measure import LeftOut, Report, peak_mib, self_spread
 from .rows import Row
 
 ALLOWED = 1e-4  # relative, over the steps of a training in fp32
@@ -183,24 +182,10 @@ def train(name: str, is_ours: bool, sizes: Sizes) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         trainer = TRAINERS[name](is_ours, folder, sizes)
         trainer.add_callback(Watch())
-        found.peak_mib = peak_of(trainer.train)
+        found.peak_mib = peak_mib(trainer.train, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     found.weights = {key: x.detach().cpu().clone() for key, x in trainer.model.state_dict().items()}
     return found
-
-
-def peak_of(function: Callable[[], Any]) -> float | None:
-    """The most MiB that one call held beyond what was held before it: the device's on a GPU, else the process's."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    calls = iter((lambda: None, function))  # the first call of two is a warm-up, and training has none
-    peak = resident_peak_mib(lambda: next(calls)())
-    if peak is None:  # it could not be asked, and nothing has run
-        function()
-    return peak
 
 
 def train_in_fresh_process(name: str, is_ours: bool, sizes: Sizes, num_threads: int) -> Trained:

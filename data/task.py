@@ -1,9 +1,9 @@
 """Generated tasks with a verifiable answer: seeded families, as chat `messages`, each with a grader.
 
 A family draws a question and its only right answer from a `random.Random`. What varies is digits, written together: the
-tokenizer makes each a token of its own whatever text it was trained on, so that a task is as hard beside one text as beside
-another. Whether an instance belongs to the training or the held-out side is a pure function of its question (a hash), so the
-two sides are disjoint whatever the seeds and counts.
+tokenizer makes each a token of its own, so that the text it was trained on has no say in how many tokens an answer has.
+Whether an instance belongs to the training or the held-out side is a pure function of its question (a hash), so the two sides
+are disjoint whatever the seeds and counts.
 """
 
 import hashlib

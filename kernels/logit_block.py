@@ -201,10 +201,10 @@ def _centred(z: Tensor, is_new: bool, shift_R: Tensor) -> Tensor:
     return z.sub_(shift_R[:, None]) if is_new else z - shift_R[:, None]
 
 
-def _logprobs(side: Side, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
-    """log p, in `out` if it has the product's dtype (it may be the product itself), else a new tensor."""
-    z, max_R = _logits(side)[0], coefficients[Coefficient.MAX]
-    centred = torch.sub(z, max_R[:, None], out=out if out is not None and out.dtype == z.dtype else None)
+def _logprobs(z: Tensor, is_new: bool, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    """log p of `_logits`: in `out` if it has their dtype (it may be the product itself), else in place of new ones."""
+    into = out if out is not None and out.dtype == z.dtype else z if is_new else None
+    centred = torch.sub(z, coefficients[Coefficient.MAX][:, None], out=into)
     return centred.sub_(coefficients[Coefficient.LOG_SUM][:, None])
 
 
@@ -214,12 +214,11 @@ def _finish(d: Tensor, slope: Tensor | float, out: Tensor) -> None:
         torch.mul(d, slope, out=out)
 
 
-def _slope(side: Side) -> Tensor | float:
+def _slope(z: Tensor, form: LogitMap) -> Tensor | float:
     """d logit / d product."""
-    temperature, softcap = side.map
-    if softcap is None:
-        return 1.0 / temperature
-    return _logits(side)[0].mul_(temperature / softcap).square_().neg_().add_(1.0).div_(temperature)
+    if form.softcap is None:
+        return 1.0 / form.temperature
+    return (z * (form.temperature / form.softcap)).square_().neg_().add_(1.0).div_(form.temperature)
 
 
 def _rescaled(old_max_R: Tensor, block_max_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +279,7 @@ def _log_mixture(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
 
 
 def _divergence_torch(student: Side, teacher: Side, beta: float, normalisers: tuple[Tensor, Tensor], sums: Tensor) -> None:
-    log_s, log_t = _logprobs(student, normalisers[0]), _logprobs(teacher, normalisers[1])
+    log_s, log_t = _logprobs(*_logits(student), normalisers[0]), _logprobs(*_logits(teacher), normalisers[1])
     log_m = _log_mixture(log_s, log_t, beta)
     for row, log_p in enumerate((log_t, log_s)):
         weight = log_p.exp()
@@ -290,8 +289,9 @@ def _divergence_torch(student: Side, teacher: Side, beta: float, normalisers: tu
 def _gradient_torch(
     side: Side, coefficients: Tensor, target: Targets, d_target_RC: Tensor | None, present: Wanted, out: Tensor
 ) -> None:
-    slope = _slope(side)
-    lp = _logprobs(side, coefficients, out)
+    z, is_new = _logits(side)
+    slope = _slope(z, side.map)
+    lp = _logprobs(z, is_new, coefficients, out)
     a, b, c, k = (coefficients[row][:, None] for row in (Coefficient.A, Coefficient.B, Coefficient.C, Coefficient.K))
     factor = (lp * b).add_(a) if present.entropy else a
     p = lp.exp_()
@@ -310,8 +310,9 @@ def _gradient_torch(
 def _divergence_gradient_torch(
     student: Side, teacher: Side, divergence: Divergence, coefficients: Tensor, normaliser: Tensor, out: Tensor
 ) -> None:
-    slope = _slope(student)
-    log_s, log_t = _logprobs(student, coefficients, out), _logprobs(teacher, normaliser)
+    z, is_new = _logits(student)
+    slope = _slope(z, student.map)
+    log_s, log_t = _logprobs(z, is_new, coefficients, out), _logprobs(*_logits(teacher), normaliser)
     upstream, value = coefficients[Coefficient.A][:, None], coefficients[Coefficient.B][:, None]
     if divergence.kind == "forward_kl":
         d = log_s.exp_().sub_(log_t.exp_()).mul_(upstream)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from warpline.bench import measure as module
-from warpline.bench.machine import cache_bytes, resident_peak_mib
-from warpline.bench.measure import Candidate, Case, Report, interleaved, line_of, measure, relative_error, self_spread
+from warpline.bench.machine import cache_bytes
+from warpline.bench.measure import Candidate, Case, Report, interleaved, line_of, measure, peak_mib, relative_error, self_spread
 from warpline.bench.rows import Ceilings, Row
 from warpline.bench.telemetry import Telemetry
 
@@ -131,7 +131,7 @@ def test_candidates_are_interleaved():
 
 def test_resident_memory_of_a_call_is_its_own():
     size = 64 * 2**20
-    found = resident_peak_mib(lambda: torch.ones(size // 4).sum())
+    found = peak_mib(lambda: torch.ones(size // 4).sum(), CPU)
     if found is None:
         pytest.skip("this system does not let a process ask")
     assert 60 < found < 80
